@@ -1,0 +1,80 @@
+# The one door to every tool of the project.  Needs python3 (3.11 or newer), make and git; all
+# else is set up here, in .venv, by the first target that needs it.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# What to serve, and further options for it: make serve IMAGE=disk.qcow2 SERVE_ARGS='-p 10810'
+export IMAGE ?= demo.qcow2
+SERVE_ARGS ?=
+# make test PYTEST_ARGS='-k handshake -n 2'
+PYTEST_ARGS ?=
+# make bench BENCH_ARGS='--quick --only randread-32'
+BENCH_ARGS ?=
+
+.PHONY: help serve test check lint types coverage bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
+
+serve: $(VENV)/.has-run $(if $(filter demo.qcow2,$(IMAGE)),demo.qcow2)  ## serve IMAGE=path, or a 1 GiB image of its own
+	@exec $(BIN)/nbdserve serve $(SERVE_ARGS) -- "$$IMAGE"
+
+demo.qcow2: | $(VENV)/.has-run
+	@$(BIN)/nbdserve create $@ 1G
+
+test: $(VENV)/.has-test  ## set up everything, the peers included, and run the tests
+	@tools/peers.sh
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
+	@$(MAKE) --no-print-directory lint types test
+
+lint: $(VENV)/.has-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.has-dev
+	$(BIN)/mypy
+
+coverage: $(VENV)/.has-test  ## run the tests and say which lines and branches they missed
+	@tools/peers.sh
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: $(VENV)/.has-run  ## compare with qemu-nbd and nbdkit; a table here, JSON in build/bench.json
+	@tools/peers.sh
+	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
+
+clean:  ## remove what was made here, the demo image too
+	rm -rf $(VENV) build dist *.egg-info demo.qcow2 htmlcov .coverage .coverage.*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: the environment holds the package (editable) with what that use needs.  They are made
+# anew when the metadata changes.  dev contains test contains run, so one install serves all three.
+INSTALLS := setup.cfg pyproject.toml tools/venv.sh
+
+$(VENV)/.has-run: $(INSTALLS)
+	@tools/venv.sh $(VENV)
+	@echo 'Installing nbdserve into $(VENV)'
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.has-test: $(INSTALLS)
+	@tools/venv.sh $(VENV)
+	@echo 'Installing nbdserve and what its tests need into $(VENV)'
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $(VENV)/.has-run $@
+
+$(VENV)/.has-dev: $(INSTALLS)
+	@tools/venv.sh $(VENV)
+	@echo 'Installing nbdserve, what its tests need, mypy and ruff into $(VENV)'
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.has-run $(VENV)/.has-test $@

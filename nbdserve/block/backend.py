@@ -1,0 +1,243 @@
+"""The BlockBackend: what a front end sees of a tree of nodes.
+
+Everything that belongs to the drive and not to a node is here, once: bounds, the write cache
+setting (WCE) that turns writes into FUA writes, FUA itself (block/emulate.py), zero detection, the
+statistics; and the two ways of a request.
+
+* `*_nowait` does a request at once if its range resolves and the leaves need not wait. It makes no
+  task and awaits nothing. A `Miss` means: nothing was done, take the other way.
+* the coroutines of the same name do everything. They enter an epoch while they run, so that no
+  host cluster they resolved to is handed out to somebody else under them (block/epoch.py).
+
+Offsets and lengths are in bytes and lie within `size`: the front end has checked them against the
+size that it told its client, and `_assert_inside` holds it to that. Errors are OSError.
+
+After block/block-backend.c (blk_co_do_pwritev_part) and bdrv_driver_pwritev of QEMU.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nbdserve.block.emulate import is_zero
+from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf, Node
+from nbdserve.block.run import READ, WRITE, Miss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import trio
+
+    from nbdserve.block.epoch import Epochs
+
+__all__ = ["BlockBackend"]
+
+
+class BlockBackend:
+    """A drive: `root` is the tree, `nursery` where requests run that outlive their client."""
+
+    def __init__(
+        self,
+        root: Node,
+        epochs: Epochs,
+        nursery: trio.Nursery,
+        *,
+        write_cache: bool,
+        detect_zeroes: str = "off",
+        discard: bool = True,
+    ) -> None:
+        """`write_cache`: WCE, off in writethrough. `detect_zeroes`: off, on, unmap. `discard`:
+        whether discards are passed on, else they do nothing."""
+        self.root = root
+        self.size = root.size
+        self.read_only = root.read_only
+        self.filename = root.filename
+        self.nursery = nursery
+        self.misses: Counter[Miss] = Counter()
+        self.requests: Counter[str] = Counter()
+        self._epochs = epochs
+        self._resolve = root.resolve
+        self._write_cache = write_cache
+        self._detect_zeroes = detect_zeroes
+        self._discard = discard
+        # Writes that must be looked into, or be durable when answered, never take the short way.
+        self._writes_inline = write_cache and detect_zeroes == "off"
+
+    # --- the synchronous way -------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, buffer: memoryview) -> Miss | None:
+        """Fill `buffer` at once; or say why not, its content being undefined then."""
+        runs = self._resolve(READ, offset, len(buffer))
+        if type(runs) is not list:
+            self.misses[runs] += 1  # type: ignore[index]
+            return runs  # type: ignore[return-value]
+        if len(runs) == 1:
+            leaf, host_offset, length = runs[0]
+            if leaf is not None:
+                return None if leaf.read_nowait(host_offset, buffer) else Miss.WOULD_BLOCK
+            buffer[:] = bytes(length)
+            return None
+        if len(buffer) > MAX_INLINE:
+            return Miss.WOULD_BLOCK
+        for leaf, host_offset, length in runs:
+            piece = buffer[:length]
+            if leaf is None:
+                piece[:] = bytes(length)
+            elif not leaf.read_nowait(host_offset, piece):
+                return Miss.WOULD_BLOCK
+            buffer = buffer[length:]
+        return None
+
+    def map_nowait(self, offset: int, length: int) -> list[tuple[bool, int]] | None:
+        """(reads as zeroes, length) for each piece of the range, neighbours joined; None: cannot
+        tell without waiting."""
+        runs = self._resolve(READ, offset, length)
+        if type(runs) is not list:
+            return None
+        pieces: list[tuple[bool, int]] = []
+        for leaf, _, length in runs:
+            is_hole = leaf is None
+            if pieces and pieces[-1][0] is is_hole:
+                pieces[-1] = (is_hole, pieces[-1][1] + length)
+            else:
+                pieces.append((is_hole, length))
+        return pieces
+
+    def submit_read(
+        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
+    ) -> bool:
+        """Queue a read that would block with its leaf; `done` is called later, in the trio thread.
+
+        False: it does not resolve to one leaf; use `read`.
+        """
+        runs = self._resolve(READ, offset, len(buffer))
+        if type(runs) is not list or len(runs) != 1 or runs[0][0] is None:
+            return False
+        leaf, host_offset, _ = runs[0]
+        epoch = self._epochs.enter()
+
+        def completed(error: OSError | None) -> None:
+            self._epochs.leave(epoch)
+            done(error)
+
+        leaf.submit_read(host_offset, buffer, completed)  # type: ignore[union-attr]
+        return True
+
+    def write_nowait(self, offset: int, data: Buffer) -> Miss | None:
+        """Write at once; or say why not, nothing having been written. Raises OSError."""
+        if not self._writes_inline or len(data) > MAX_INLINE:
+            return Miss.WOULD_BLOCK
+        runs = self._resolve(WRITE, offset, len(data))
+        if type(runs) is not list:
+            if runs is Miss.NEEDS_ALLOC and self.root.allocate_nowait(offset, data):
+                return None
+            self.misses[runs] += 1  # type: ignore[index]
+            return runs  # type: ignore[return-value]
+        if len(runs) == 1:
+            leaf, host_offset, _ = runs[0]
+            return None if leaf.write_nowait(host_offset, data) else Miss.WOULD_BLOCK  # type: ignore[union-attr]
+        rest = memoryview(data)
+        for leaf, host_offset, length in runs:
+            if not _leaf(leaf).write_nowait(host_offset, rest[:length]):
+                return Miss.WOULD_BLOCK
+            rest = rest[length:]
+        return None
+
+    # --- the asynchronous way ------------------------------------------------------------------
+
+    @contextmanager
+    def _request(self, kind: str, offset: int, length: int) -> Iterator[None]:
+        assert 0 <= offset <= offset + length <= self.size, f"{kind} of {length} at {offset}"
+        self.requests[kind] += 1
+        epoch = self._epochs.enter()
+        try:
+            yield
+        finally:
+            self._epochs.leave(epoch)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer`."""
+        with self._request("read", offset, len(buffer)):
+            await self.root.read(offset, buffer)
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write `data`; durable on return with `fua` or without a write cache."""
+        with self._request("write", offset, len(data)):
+            if self._detect_zeroes != "off" and is_zero(data):
+                may_unmap = self._detect_zeroes == "unmap"
+                await self.root.write_zeroes(offset, len(data), may_unmap=may_unmap)
+            else:
+                await self.root.write(offset, data)
+        await self._durable(fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fast: bool = False, fua: bool = False
+    ) -> None:
+        """Make the range zeroes. `fast`: OSError(EOPNOTSUPP) rather than writing them."""
+        with self._request("write_zeroes", offset, length):
+            await self.root.write_zeroes(
+                offset, length, may_unmap=may_unmap and self._discard, fallback=not fast
+            )
+        await self._durable(fua)
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """The range's content is no longer needed."""
+        with self._request("discard", offset, length):
+            if self._discard:
+                await self.root.discard(offset, length)
+        await self._durable(fua)
+
+    async def flush(self) -> None:
+        """Make every write answered so far durable."""
+        self.requests["flush"] += 1
+        await self.root.flush()
+
+    async def block_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
+        """What the range consists of, neighbours alike joined; at least the first extent, and
+        with `one` only that. The lengths add up to at most `length`."""
+        extents: list[Extent] = []
+        with self._request("block_status", offset, length):
+            while length and len(extents) < MAX_EXTENTS:
+                for piece in await self.root.block_status(offset, length):
+                    last = extents[-1] if extents else None
+                    if last is not None and last[1:] == piece[1:]:
+                        extents[-1] = last._replace(length=last.length + piece.length)
+                    elif last is not None and one:
+                        return extents
+                    else:
+                        extents.append(piece)
+                    offset += piece.length
+                    length -= piece.length
+        return extents
+
+    async def _durable(self, fua: bool) -> None:
+        """FUA is emulated here and nowhere else: by the flush chain (bdrv_driver_pwritev)."""
+        if fua or not self._write_cache:
+            await self.root.flush()
+
+    def statistics(self) -> dict[str, object]:
+        """Counters since the image was opened, of the backend and all nodes."""
+        nodes: dict[str, object] = {}
+        pending = [("root", self.root)]
+        while pending:
+            role, node = pending.pop()
+            nodes[role] = node.statistics()
+            pending += [(f"{role}.{name}", child) for name, child in node.children.items()]
+        return {
+            "requests": dict(self.requests),
+            "misses": {miss.name: count for miss, count in self.misses.items()},
+            "nodes": nodes,
+        }
+
+
+# A block status answer holds at most this many extents; the client asks again for the rest.
+MAX_EXTENTS = 2048
+
+
+def _leaf(leaf: Leaf | None) -> Leaf:
+    if leaf is None:
+        raise OSError(errno.EIO, "a write resolved to a run without a leaf")
+    return leaf

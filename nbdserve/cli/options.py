@@ -1,0 +1,130 @@
+"""The options that ``serve`` and ``qemu-nbd`` share, and the one place that parses them.
+
+Names and meanings are qemu-nbd's. The two commands differ in defaults alone, so there is
+one table of options, and ``shared_options`` takes the defaults that a command wants
+different. ``serve_config`` is a pure function from parsed options to configuration: what
+any command line means can be asked without serving anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nbdserve.config import (
+    CACHE_MODES,
+    DEFAULT_PORT,
+    CacheMode,
+    DetectZeroes,
+    Discard,
+    ExportConfig,
+    ImageConfig,
+    ListenConfig,
+    ServeConfig,
+)
+from nbdserve.errors import ConfigError
+from nbdserve.units import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+DISCARD_MODES: dict[str, Discard] = {
+    "ignore": "ignore",
+    "off": "ignore",
+    "unmap": "unmap",
+    "on": "unmap",
+}
+"""Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
+
+DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    return parse_size(value, f"--{param.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What ``serve`` and ``qemu-nbd`` disagree about."""
+
+    bind: str
+    shared: int
+    discard: str
+
+
+def shared_options(defaults: Defaults) -> Callable[[F], F]:
+    """A decorator that adds the image argument and every option both commands have."""
+    option = click.option
+    parameters = [
+        option("-p", "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT,
+               show_default=True, help="TCP port; 0 lets the system choose."),
+        option("-b", "--bind", metavar="HOST", default=defaults.bind, show_default=True,
+               help="Address or host name to listen on; empty for every IPv4 and IPv6 address."),
+        option("-k", "--socket", metavar="PATH",
+               help="Listen on this unix socket, not on TCP."),
+        option("-f", "--format", metavar="FORMAT",
+               help="Image format (raw, qcow2); probed if not given."),
+        option("-r", "--read-only", is_flag=True, help="Refuse every write."),
+        option("-x", "--export-name", metavar="NAME", default="",
+               help="Name of the export; empty by default."),
+        option("-D", "--description", metavar="TEXT", default="",
+               help="Description shown to clients that list exports."),
+        option("-e", "--shared", metavar="N", type=click.IntRange(min=0), default=defaults.shared,
+               show_default=True, help="How many clients at a time; 0 for any number."),
+        option("-o", "--offset", callback=_bytes, default="0", metavar="SIZE",
+               help="Serve the disk from this byte on."),
+        option("--cache", type=click.Choice(list(CACHE_MODES)), default="writeback",
+               show_default=True, help="Cache mode."),
+        option("--discard", type=click.Choice(list(DISCARD_MODES)), default=defaults.discard,
+               show_default=True, help="Whether a client's trim frees space in the image."),
+        option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)), default="off",
+               show_default=True, help="Turn writes of zeroes into write-zeroes requests."),
+        option("--pid-file", metavar="PATH", help="Write the server's process id to this file."),
+        option("--fork", is_flag=True,
+               help="Go to the background; return once clients are accepted."),
+        option("-v", "--verbose", is_flag=True, help="Log what happens to stderr."),
+        click.argument("image"),
+    ]  # fmt: skip
+
+    def decorate(function: F) -> F:
+        for parameter in reversed(parameters):
+            function = parameter(function)
+        return function
+
+    return decorate
+
+
+def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
+    """The configuration that parsed options stand for.
+
+    :param options: click's values by parameter name, as ``shared_options`` declares them.
+    :raises ConfigError: a value, or a combination of values, that cannot be honoured.
+    """
+    return ServeConfig(
+        image=ImageConfig(
+            filename=options["image"],
+            format=options["format"],
+            read_only=options["read_only"],
+            cache=_cache_mode(options["cache"]),
+            discard=DISCARD_MODES[options["discard"]],
+            detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
+            offset=options["offset"],
+        ),
+        export=ExportConfig(options["export_name"], options["description"]),
+        listen=ListenConfig(options["bind"], options["port"], options["socket"]),
+        max_clients=options["shared"],
+        persistent=persistent,
+        pid_file=options["pid_file"],
+        verbose=options["verbose"],
+    )
+
+
+def _cache_mode(name: str) -> CacheMode:
+    mode = CACHE_MODES[name]
+    if mode.direct:
+        raise ConfigError(f"--cache: {name} needs O_DIRECT, which is not supported yet")
+    return mode

@@ -1,0 +1,67 @@
+"""From a configuration to a running server: log, fork, trio; the same for every command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nbdserve.cli.daemon import detach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdserve.config import ServeConfig
+    from nbdserve.server import Ready
+
+
+def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, fork: bool) -> None:
+    """Serve until stopped.
+
+    :param announcement: what to print on stdout once clients are accepted; "" for nothing.
+    :param fork: do it in the background; the caller's process exits once that is ready.
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if config.verbose else logging.WARNING, format="nbdserve: %(message)s"
+    )
+    if fork:
+        config = _with_absolute_paths(config)
+    report = detach() if fork else None
+
+    import trio
+
+    from nbdserve.server import serve
+
+    def on_ready(ready: Ready) -> None:
+        _print(announcement(ready))
+        if report is not None:
+            report(config.verbose)
+
+    async def run() -> None:
+        await serve(config, on_ready=on_ready)
+
+    trio.run(run)
+
+
+def _with_absolute_paths(config: ServeConfig) -> ServeConfig:
+    """For a daemon, which leaves the directory it was started in."""
+    where, pid_file = config.listen, config.pid_file
+    if where.unix_path is not None:
+        where = replace(where, unix_path=os.path.abspath(where.unix_path))
+    if pid_file is not None:
+        pid_file = os.path.abspath(pid_file)
+    image = replace(config.image, filename=os.path.abspath(config.image.filename))
+    return replace(config, image=image, listen=where, pid_file=pid_file)
+
+
+def _print(text: str) -> None:
+    """Print at once; that nobody listens is no reason not to serve."""
+    try:
+        # As bytes: a path need not be valid in the locale's encoding.
+        sys.stdout.buffer.write(os.fsencode(text))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else the interpreter would try to flush again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,48 @@
+"""``nbdserve serve``: qemu-nbd's options with defaults for people.
+
+Listens on this machine only, stays until it is stopped, takes any number of clients,
+lets a trim shrink the image, and says on stdout how to reach it. The first line is the
+NBD URI alone, for scripts.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nbdserve.cli.options import Defaults, serve_config, shared_options
+from nbdserve.cli.run import run_server
+
+if TYPE_CHECKING:
+    from nbdserve.config import ExportConfig
+    from nbdserve.server import Ready
+
+
+@click.command("serve", context_settings={"help_option_names": ["-h", "--help"]})
+@shared_options(Defaults(bind="127.0.0.1", shared=0, discard="unmap"))
+def command(**options: Any) -> None:  # noqa: ANN401 - click's values, typed in options.py
+    """Serve IMAGE until stopped by a signal (Ctrl-C)."""
+    config = serve_config(options, persistent=True)
+    run_server(config, lambda ready: usage(ready, config.export), fork=options["fork"])
+
+
+def usage(ready: Ready, export: ExportConfig) -> str:
+    """The URI on a line of its own, then the commands that use it."""
+    from nbdserve.listeners import connectable_host
+
+    uri = shlex.quote(ready.uri)
+    if ready.where.unix_path is not None:
+        where = ["-unix", ready.where.unix_path]
+    else:
+        where = [connectable_host(ready.where), str(ready.where.port)]
+    name = ["-N", export.name] if export.name else []
+    read_only = ["-readonly"] if ready.read_only else []
+    kernel = shlex.join(["nbd-client", *where, "/dev/nbd0", *name, *read_only])
+    return (
+        f"{ready.uri}\n"
+        f"  qemu-img info {uri}\n"
+        f"  nbdcopy {uri} copy.img\n"
+        f"  {kernel}    # as root, after modprobe nbd\n"
+    )

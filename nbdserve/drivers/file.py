@@ -1,0 +1,317 @@
+"""The `file` driver: a leaf on a regular file or a block device of the host.
+
+Law: what the page cache can answer is answered inline, by one system call and no hop; what would
+wait goes to the engine. Reads ask with RWF_NOWAIT and get EAGAIN instead of waiting. Writes go
+inline too, into the page cache, because a hop costs more than the copy; see `write_nowait` for
+the limit of that.
+
+Past the end of the file everything reads as zeroes. The end (`length`) moves only by our own
+writes: the image locks keep others away.
+
+After block/file-posix.c of QEMU: raw_co_prw, raw_co_flush_to_disk, raw_do_pdiscard,
+raw_co_pwrite_zeroes, raw_co_block_status.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf
+from nbdserve.block.units import align_up
+from nbdserve.drivers.locks import ImageLock
+from nbdserve.engines import syscalls
+from nbdserve.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nbdserve.drivers.locks import Permission
+    from nbdserve.engines.threads import ThreadsEngine
+
+__all__ = ["FileNode", "open_file"]
+
+RWF_NOWAIT = os.RWF_NOWAIT
+
+# QEMU's block layer counts a regular file in whole sectors; the rest of the last one reads as zeroes.
+SECTOR = 512
+
+# How a file system says that it cannot do that here: at all, or (EINVAL) not to this range.
+UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
+
+
+def open_file(
+    filename: str,
+    engine: ThreadsEngine,
+    *,
+    read_only: bool,
+    no_flush: bool = False,
+    discard: bool = False,
+) -> FileNode:
+    """Open a regular file or block device. Raises ImageError naming the file, nothing else."""
+    try:
+        # O_NONBLOCK so that a fifo in the image's place cannot hang the open; it means nothing
+        # for regular files and block devices.
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(filename, flags)
+    except OSError as error:
+        raise ImageError(f"{filename}: cannot open: {error.strerror}", error.errno) from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISBLK(mode):
+            length = syscalls.block_device_size(fd)
+        elif stat.S_ISREG(mode):
+            length = os.fstat(fd).st_size
+        else:
+            raise ImageError(f"{filename}: neither a regular file nor a block device")
+    except OSError as error:
+        os.close(fd)
+        raise ImageError(f"{filename}: cannot open: {error.strerror}", error.errno) from None
+    except ImageError:
+        os.close(fd)
+        raise
+    return FileNode(
+        filename,
+        fd,
+        engine,
+        length,
+        is_device=stat.S_ISBLK(mode),
+        read_only=read_only,
+        no_flush=no_flush,
+        discard=discard,
+    )
+
+
+class FileNode(Leaf):
+    """An open file; `length` is its length in bytes, `size` the same in whole sectors."""
+
+    def __init__(
+        self,
+        filename: str,
+        fd: int,
+        engine: ThreadsEngine,
+        length: int,
+        *,
+        is_device: bool,
+        read_only: bool,
+        no_flush: bool,
+        discard: bool,
+    ) -> None:
+        super().__init__(
+            filename, align_up(length, SECTOR), read_only=read_only, no_flush=no_flush
+        )
+        self.fd = fd
+        self.length = length
+        self.is_device = is_device
+        self._engine = engine
+        self._discard = discard
+        self._lock = ImageLock(fd, filename)
+        self._nowait = RWF_NOWAIT
+        self._zero_modes = {True: True, False: True}  # may_unmap -> the file system can do it
+        self._would_block = 0
+
+    def lock(self, permissions: Permission, shared: Permission) -> None:
+        """Take the image lock. Raises LockedError."""
+        self._lock.acquire(permissions, shared)
+
+    # --- the synchronous way -------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, buffer: memoryview) -> bool:
+        try:
+            done = os.preadv(self.fd, (buffer,), offset, self._nowait)
+        except BlockingIOError:
+            self._would_block += 1
+            return False
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP and self._nowait:
+                return self._without_nowait(offset, buffer)
+            raise
+        if done == len(buffer):
+            return True
+        # Short: either the end of the file, or only the first part was in the page cache.
+        if offset + done < self.length:
+            self._would_block += 1
+            return False
+        buffer[done:] = bytes(len(buffer) - done)
+        return True
+
+    def _without_nowait(self, offset: int, buffer: memoryview) -> bool:
+        """The file system cannot say whether a read would wait; only memory never does."""
+        if syscalls.is_memory_file_system(self.fd):
+            self._nowait = 0
+            return self.read_nowait(offset, buffer)
+        self.read_nowait = super().read_nowait  # type: ignore[method-assign]
+        return False
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Copy into the page cache.
+
+        Facts: ext4 refuses RWF_NOWAIT for buffered writes, so there is no way to ask whether a
+        write would wait; it waits when the kernel throttles writers of dirty pages, for some
+        milliseconds. A hop to a thread costs 30 us for each write, always. So: inline.
+        """
+        length = len(data)
+        if length > MAX_INLINE:
+            return False
+        done = os.pwrite(self.fd, data, offset)
+        if done != length:
+            write_all(self.fd, (memoryview(data)[done:],), offset + done)
+        self._wrote(offset + length)
+        return True
+
+    def writev_nowait(self, offset: int, data: Sequence[Buffer]) -> bool:
+        length = sum(map(len, data))
+        if length > MAX_INLINE:
+            return False
+        write_all(self.fd, data, offset)
+        self._wrote(offset + length)
+        return True
+
+    def _wrote(self, end: int) -> None:
+        self.generation.written += 1
+        if end > self.length:
+            self.length = end
+            self.size = align_up(end, SECTOR)
+
+    # --- the asynchronous way ------------------------------------------------------------------
+
+    def submit_read(
+        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
+    ) -> None:
+        def completed(_result: Any, error: BaseException | None) -> None:
+            if error is None or isinstance(error, OSError):
+                done(error)
+            else:
+                done(OSError(errno.EIO, f"{self.filename}: {error}"))
+
+        self._engine.submit(completed, read_all, self.fd, buffer, offset)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await self._engine.run(read_all, self.fd, buffer, offset)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        await self.writev(offset, (data,))
+
+    async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
+        await self._engine.run(write_all, self.fd, data, offset)
+        self._wrote(offset + sum(map(len, data)))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
+    ) -> None:
+        unmap = may_unmap and self._discard
+        if self._zero_modes[unmap]:
+            try:
+                await self._engine.run(
+                    syscalls.zero_range, self.fd, offset, length, unmap, self.is_device
+                )
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                self._zero_modes[unmap] = error.errno == errno.EINVAL
+            else:
+                self._wrote(offset + length)
+                return
+        if not fallback:
+            raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no fast way to write zeroes")
+        zeroes = bytes(min(length, MAX_INLINE))
+        end = offset + length
+        while offset < end:
+            piece = min(len(zeroes), end - offset)
+            await self.write(offset, memoryview(zeroes)[:piece])
+            offset += piece
+
+    async def discard(self, offset: int, length: int) -> None:
+        if not self._discard:
+            return
+        try:
+            await self._engine.run(
+                syscalls.discard_range, self.fd, offset, length, self.is_device
+            )
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            self._discard = error.errno == errno.EINVAL
+        else:
+            self._wrote(min(offset + length, self.length))
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        if offset >= self.length:
+            return [Extent(length, data=False, zero=True)]
+        if self.is_device:
+            return [Extent(length, data=True, zero=False)]
+        return await self._engine.run(seek_extents, self.fd, offset, length)
+
+    async def flush_to_disk(self) -> None:
+        await self.generation.flush(self._fdatasync)
+
+    async def _fdatasync(self) -> None:
+        await self._engine.run(os.fdatasync, self.fd)
+
+    async def truncate(self, length: int) -> None:
+        """Set the length of a regular file."""
+        await self._engine.run(os.ftruncate, self.fd, length)
+        self.length = length
+        self.size = align_up(length, SECTOR)
+
+    async def close(self) -> None:
+        self._lock.release()
+        os.close(self.fd)
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "would_block": self._would_block,
+            "written": self.generation.written,
+            "flush": self.generation.statistics(),
+        }
+
+
+def read_all(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from `offset`, with zeroes past the end of the file; may wait."""
+    while len(buffer):
+        done = os.preadv(fd, (buffer,), offset)
+        if not done:
+            buffer[:] = bytes(len(buffer))
+            return
+        buffer = buffer[done:]
+        offset += done
+
+
+def write_all(fd: int, data: Sequence[Buffer], offset: int) -> None:
+    """Write all buffers one after the other from `offset`; may wait."""
+    pending = [memoryview(piece) for piece in data if len(piece)]
+    while pending:
+        done = os.pwritev(fd, pending, offset)
+        offset += done
+        while pending and done >= len(pending[0]):
+            done -= len(pending[0])
+            del pending[0]
+        if done:
+            pending[0] = pending[0][done:]
+
+
+def seek_extents(fd: int, offset: int, length: int) -> list[Extent]:
+    """The data and holes of a range by SEEK_DATA and SEEK_HOLE; past the end is a hole."""
+    extents = []
+    end = offset + length
+    while offset < end:
+        try:
+            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data after offset
+                data = end
+            elif error.errno in UNSUPPORTED:
+                return [Extent(length, data=True, zero=False)]
+            else:
+                raise
+        if data > offset:
+            extents.append(Extent(data - offset, data=False, zero=True))
+        if data < end:
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+            extents.append(Extent(hole - data, data=True, zero=False))
+            offset = hole
+        else:
+            offset = end
+    return extents

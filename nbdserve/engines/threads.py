@@ -1,0 +1,150 @@
+"""The `threads` engine: a pool of threads that take system calls which may block.
+
+Facts: one hop to a thread and back through trio costs tens of microseconds, mostly wake-ups; a
+`preadv` from the page cache costs one. So page-cache hits never come here (drivers/file.py reads
+them inline with RWF_NOWAIT), and what does come is handed over in batches: inside `plug()` jobs
+are collected and spread over the threads at its end, and completions are drained together by one
+callback in the trio thread (`run_sync_soon(..., idempotent=True)`).
+
+A job is a plain function with arguments. Its completion is a plain callback that runs in the trio
+thread and may not raise. Kernel I/O cannot be called back: `run` does not let go of a job when its
+task is cancelled, it waits for it, because the buffer is not ours to reuse before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import outcome
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["EngineStatistics", "ThreadsEngine"]
+
+T = TypeVar("T")
+
+# As many requests as a disk usefully takes at once; QEMU's pool goes to 64, but there each thread
+# costs no interpreter lock.
+MAX_THREADS = 16
+
+Job = tuple[Any, tuple[Any, ...], Any]  # function, arguments, done(result, error)
+
+
+class EngineStatistics(NamedTuple):
+    """jobs: handed over; batches: hand-overs; threads: started; in_flight: not yet completed."""
+
+    jobs: int
+    batches: int
+    threads: int
+    in_flight: int
+
+
+class ThreadsEngine:
+    """Runs jobs in threads for the trio run in which it was started."""
+
+    name = "threads"
+
+    def __init__(self, max_threads: int = MAX_THREADS) -> None:
+        self._max_threads = max_threads
+        self._queue: SimpleQueue[list[Job] | None] = SimpleQueue()
+        self._completed: deque[tuple[Any, Any, BaseException | None]] = deque()
+        self._threads: list[threading.Thread] = []
+        self._token = trio.lowlevel.current_trio_token()
+        self._plugged: list[Job] | None = None
+        self._jobs = 0
+        self._batches = 0
+        self._in_flight = 0
+
+    @contextmanager
+    def plug(self) -> Iterator[None]:
+        """Hand over all jobs submitted in the body together; plugs do not nest."""
+        jobs: list[Job] = []
+        self._plugged = jobs
+        try:
+            yield
+        finally:
+            self._plugged = None
+            if jobs:
+                self._hand_over(jobs)
+
+    def submit(
+        self,
+        done: Callable[[Any, BaseException | None], None],
+        function: Callable[..., object],
+        *args: object,
+    ) -> None:
+        """Run `function(*args)` in a thread, then `done(result, error)` in the trio thread."""
+        self._jobs += 1
+        self._in_flight += 1
+        job: Job = (function, args, done)
+        if self._plugged is not None:
+            self._plugged.append(job)
+        else:
+            self._hand_over([job])
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Run `function(*args)` in a thread and return its result or raise its error.
+
+        Cancellation is only seen before the job is handed over.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        task = trio.lowlevel.current_task()
+
+        def done(result: T, error: BaseException | None) -> None:
+            trio.lowlevel.reschedule(
+                task, outcome.Value(result) if error is None else outcome.Error(error)
+            )
+
+        self.submit(done, function, *args)
+        result: T = await trio.lowlevel.wait_task_rescheduled(
+            lambda _raise_cancel: trio.lowlevel.Abort.FAILED
+        )
+        return result
+
+    def _hand_over(self, jobs: list[Job]) -> None:
+        self._batches += 1
+        share = -(-len(jobs) // self._max_threads)
+        for start in range(0, len(jobs), share):
+            self._queue.put(jobs[start : start + share])
+        wanted = min(self._in_flight, self._max_threads)
+        while len(self._threads) < wanted:
+            thread = threading.Thread(target=self._work, name="nbdserve-io", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while (jobs := self._queue.get()) is not None:
+            for function, args, done in jobs:
+                try:
+                    self._completed.append((done, function(*args), None))
+                except BaseException as error:  # noqa: BLE001 - handed to the waiter, whatever it is
+                    self._completed.append((done, None, error))
+            try:
+                self._token.run_sync_soon(self._drain, idempotent=True)
+            except trio.RunFinishedError:
+                return
+
+    def _drain(self) -> None:
+        completed = self._completed
+        while completed:
+            done, result, error = completed.popleft()
+            self._in_flight -= 1
+            done(result, error)
+
+    def close(self) -> None:
+        """End the threads; nothing may be in flight."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def statistics(self) -> EngineStatistics:
+        """Counters since the engine was started."""
+        return EngineStatistics(self._jobs, self._batches, len(self._threads), self._in_flight)

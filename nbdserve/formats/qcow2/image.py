@@ -1,0 +1,171 @@
+"""An open image's parts, and the few operations on several of them at once.
+
+What resolve, read, allocation, discard and ordering share. It knows no requests; it keeps what
+they must agree on: the tables, which guest clusters are being changed (`locks`), which host
+clusters may not be handed out yet (`quarantine`), and whether the image may still be written.
+
+Law: once `broken` is set nothing is written to the image any more but the corrupt bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from array import array
+from typing import TYPE_CHECKING
+
+from nbdserve.block.rangelock import RangeLock
+from nbdserve.errors import CorruptImage
+from nbdserve.formats.qcow2.compressed import compressed_extent
+from nbdserve.formats.qcow2.resolve import ClusterType, cluster_type
+from nbdserve.formats.qcow2.spec import COPIED, OFFSET_MASK
+from nbdserve.formats.qcow2.tables import Table, decode_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdserve.block.node import Node
+    from nbdserve.formats.qcow2.cache import TableCache
+    from nbdserve.formats.qcow2.geometry import Geometry
+    from nbdserve.formats.qcow2.header import Header
+    from nbdserve.formats.qcow2.metadata import MetadataMap
+    from nbdserve.formats.qcow2.quarantine import Quarantine
+    from nbdserve.formats.qcow2.refcount import Clusters, Refcounts
+    from nbdserve.formats.qcow2.resolve import Mapping
+
+__all__ = ["Image"]
+
+log = logging.getLogger("nbdserve.qcow2")
+
+
+class Image:
+    """All attributes are set once, when the image is opened."""
+
+    def __init__(
+        self,
+        header: Header,
+        geometry: Geometry,
+        file: Node,
+        backing: Node | None,
+        mapping: Mapping,
+        refcounts: Refcounts,
+        metadata: MetadataMap,
+        quarantine: Quarantine,
+        on_unlink: Callable[[], None],
+    ) -> None:
+        self.header = header
+        self.geometry = geometry
+        self.file = file
+        self.backing = backing
+        self.mapping = mapping
+        self.refcounts = refcounts
+        self.metadata = metadata
+        self.quarantine = quarantine
+        self.locks = RangeLock()
+        self.broken: CorruptImage | None = None
+        self._on_unlink = on_unlink
+
+    @property
+    def l2(self) -> TableCache:
+        """The cache of L2 tables, by L1 index."""
+        return self.mapping.l2
+
+    def check_writable(self) -> None:
+        """Raises OSError(EIO) once the image was found damaged."""
+        if self.broken is not None:
+            raise OSError(errno.EIO, f"{self.file.filename}: stopped: {self.broken}")
+
+    def stop(self, reason: CorruptImage) -> OSError:
+        """Damage was found on the way to a write: nothing more is written. Returns the error to
+        answer the request with."""
+        if self.broken is None:
+            self.broken = reason
+            log.error("%s; the image is marked corrupt and takes no more writes", reason)
+        return OSError(errno.EIO, str(reason))
+
+    # --- L2 tables -------------------------------------------------------------------------------
+
+    async def load_l2(self, index: int) -> Table:
+        """Read one L2 table (the cache's loader). Raises CorruptImage."""
+        host_offset = self.mapping.l1.entries[index] & OFFSET_MASK
+        if host_offset & self.geometry.in_cluster:
+            raise CorruptImage(
+                f"{self.file.filename}: L2 table {index} at {host_offset:#x} is not aligned"
+            )
+        data = bytearray(self.geometry.cluster_size)
+        await self.file.read(host_offset, memoryview(data))
+        return Table(decode_table(data), host_offset)
+
+    def table_nowait(self, offset: int) -> Table | None:
+        """The L2 table for a guest offset, fit to be changed; a new one if L1 has none.
+
+        None: something must be loaded or written back first; use `table`.
+        """
+        index = offset >> self.geometry.l1_bits
+        l1_entry = self.mapping.l1.entries[index]
+        if l1_entry & COPIED:
+            return self.l2.peek(index)
+        if l1_entry & OFFSET_MASK or not self.l2.make_room():
+            return None
+        taken = self.refcounts.take_nowait(1)
+        if taken is None:
+            return None
+        return self._link_l2(index, taken, array("Q", bytes(self.geometry.cluster_size)))
+
+    async def table(self, offset: int) -> Table:
+        """As `table_nowait`, doing what it takes. The caller holds the lock on the clusters and
+        must not await before it has used the table."""
+        index = offset >> self.geometry.l1_bits
+        while True:
+            table = self.table_nowait(offset)
+            if table is not None:
+                return table
+            l1_entry = self.mapping.l1.entries[index]
+            if l1_entry & COPIED:
+                await self.l2.get(index)
+            elif l1_entry & OFFSET_MASK:
+                await self._copy_l2(index)
+            else:
+                await self.l2.relieve()
+                self.refcounts.put_back(await self.refcounts.take(1))
+
+    async def _copy_l2(self, index: int) -> None:
+        """A table that somebody else refers to as well must not be changed in place."""
+        taken = await self.refcounts.take(1)
+        old = await self.l2.get(index)
+        if self.mapping.l1.entries[index] & COPIED:
+            self.quarantine.add(taken.first)  # another request copied it meanwhile
+            return
+        self.l2.remove(index)
+        self._link_l2(index, taken, old.entries[:])
+        self._unlink(old.host_offset >> self.geometry.cluster_bits)
+
+    def _link_l2(self, index: int, taken: Clusters, entries: array[int]) -> Table:
+        host_offset = taken.first << self.geometry.cluster_bits
+        table = Table(entries, host_offset, fresh=True)
+        self.metadata.add(host_offset)
+        self.l2.add(index, table)
+        self.mapping.l1.set(index, host_offset | COPIED)
+        return table
+
+    # --- unlinking -------------------------------------------------------------------------------
+
+    def forget(self, entry: int) -> None:
+        """An L2 entry was overwritten: what it referred to loses one reference, in due time."""
+        bits = self.geometry.cluster_bits
+        match cluster_type(entry):
+            case ClusterType.STANDARD | ClusterType.ZERO_ALLOC:
+                self._unlink((entry & OFFSET_MASK) >> bits)
+            case ClusterType.COMPRESSED:
+                host_offset, nb_bytes = compressed_extent(entry, bits)
+                for cluster in range(host_offset >> bits, (host_offset + nb_bytes - 1 >> bits) + 1):
+                    self._unlink(cluster)
+
+    def abandon(self, clusters: Clusters) -> None:
+        """Clusters that were taken but never linked."""
+        for cluster in range(clusters.first, clusters.first + clusters.count):
+            self._unlink(cluster)
+
+    def _unlink(self, cluster: int) -> None:
+        self.quarantine.add(cluster)
+        self._on_unlink()

@@ -1,0 +1,339 @@
+"""The qcow2 node: opening, closing, and which module does what for a request.
+
+Nothing is decided here. A request goes to resolve, read, allocation or discard; a flush to
+ordering. What is left is the node's own life: the tables read at the start, the flush lock, and
+the background task that settles what was unlinked when no client flushes.
+
+After qcow2_do_open, qcow2_co_pwritev_part, qcow2_co_block_status and qcow2_close of QEMU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from nbdserve.block.node import Buffer, Extent, Node
+from nbdserve.block.run import Op, Resolution
+from nbdserve.block.units import MIB
+from nbdserve.errors import CorruptImage
+from nbdserve.formats.qcow2.allocation import allocate_nowait, write_allocating
+from nbdserve.formats.qcow2.cache import TableCache
+from nbdserve.formats.qcow2.discard import discard, write_zeroes
+from nbdserve.formats.qcow2.geometry import Geometry
+from nbdserve.formats.qcow2.header import (
+    Header,
+    autoclear_update,
+    header_bytes_wanted,
+    parse_header,
+)
+from nbdserve.formats.qcow2.image import Image
+from nbdserve.formats.qcow2.metadata import MetadataMap
+from nbdserve.formats.qcow2.ordering import mark_corrupt, write_back
+from nbdserve.formats.qcow2.quarantine import Quarantine
+from nbdserve.formats.qcow2.read import Reader
+from nbdserve.formats.qcow2.refcount import Refcounts
+from nbdserve.formats.qcow2.resolve import ClusterType, GuestExtent, Mapping
+from nbdserve.formats.qcow2.spec import REFCOUNT_BLOCK_OFFSET_MASK
+from nbdserve.formats.qcow2.supported import check_supported
+from nbdserve.formats.qcow2.tables import Table, decode_table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping as MappingType
+
+    from nbdserve.block.epoch import Epochs
+    from nbdserve.engines.threads import ThreadsEngine
+
+__all__ = ["CacheSizes", "Qcow2Node", "open_qcow2", "read_header"]
+
+# Seconds after which clusters that were unlinked are freed though no client has flushed, and how
+# many may wait at most.
+SETTLE_AFTER = 1.0
+SETTLE_AT = 16384
+
+
+class CacheSizes(NamedTuple):
+    """Bytes. QEMU's defaults: L2 as much as the image needs but 32 MiB at most (l2-cache-size)."""
+
+    l2: int = 32 * MIB
+    refcount: int = 8 * MIB
+
+
+async def read_header(file: Node) -> Header:
+    """Read and parse the header of an image. Raises ImageError, OSError."""
+    first = bytearray(min(file.size, 112))
+    await file.read(0, memoryview(first))
+    data = bytearray(min(file.size, header_bytes_wanted(bytes(first))))
+    await file.read(0, memoryview(data))
+    return parse_header(bytes(data), file.filename, file.size)
+
+
+async def open_qcow2(
+    file: Node,
+    backing: Node | None,
+    header: Header,
+    engine: ThreadsEngine,
+    epochs: Epochs,
+    *,
+    read_only: bool,
+    no_flush: bool = False,
+    cache_sizes: CacheSizes | None = None,
+) -> Qcow2Node:
+    """Open an image whose header was read and whose backing file is open.
+
+    Read-write, the only thing written is that autoclear feature bits are cleared. Raises
+    ImageError (unsupported, damaged), OSError.
+    """
+    check_supported(header, file.filename, read_only=read_only)
+    geometry = Geometry(header.cluster_bits, header.refcount_order, header.size)
+    l1 = await _read_table(file, header.l1_table_offset, geometry.l1_entries)
+    metadata = MetadataMap(file.filename, geometry)
+    quarantine = Quarantine(epochs)
+    mapping = Mapping(
+        file,
+        backing,
+        geometry,
+        l1,
+        has_zero_flag=header.version >= 3,
+        metadata=metadata.offsets,
+    )
+    table_bytes = header.refcount_table_clusters << header.cluster_bits
+    nb_entries = 0 if read_only else table_bytes // 8
+    refcount_table = await _read_table(file, header.refcount_table_offset, nb_entries)
+    if not read_only:
+        metadata.add_table("header", 0, geometry.cluster_size)
+        metadata.add_table("L1 table", header.l1_table_offset, header.l1_size * 8)
+        metadata.add_table("refcount table", header.refcount_table_offset, table_bytes)
+        metadata.add_entries("refcount block", refcount_table.entries, REFCOUNT_BLOCK_OFFSET_MASK)
+        metadata.add_entries("L2 table", l1.entries)
+        update = autoclear_update(header)
+        if update is not None:
+            await file.write(update.offset, update.data)
+            await file.flush()
+    refcounts = Refcounts(
+        file,
+        geometry,
+        refcount_table,
+        metadata,
+        quarantine,
+        end=geometry.clusters(file.size),
+        end_is_zero=not getattr(file, "is_device", True),
+    )
+    node = Qcow2Node(file, header, geometry, engine, read_only=read_only, no_flush=no_flush)
+    node.image = Image(
+        header,
+        geometry,
+        file,
+        backing,
+        mapping,
+        refcounts,
+        metadata,
+        quarantine,
+        on_unlink=node.unlinked.set,
+    )
+    node.wire(cache_sizes or CacheSizes())
+    return node
+
+
+async def _read_table(file: Node, host_offset: int, nb_entries: int) -> Table:
+    data = bytearray(nb_entries * 8)
+    await file.read(host_offset, memoryview(data))
+    return Table(decode_table(data), host_offset)
+
+
+class Qcow2Node(Node):
+    """An open qcow2 image."""
+
+    image: Image
+
+    def __init__(
+        self,
+        file: Node,
+        header: Header,
+        geometry: Geometry,
+        engine: ThreadsEngine,
+        *,
+        read_only: bool,
+        no_flush: bool,
+    ) -> None:
+        super().__init__(file.filename, header.size, read_only=read_only, no_flush=no_flush)
+        self.unlinked = Signal()
+        self._engine = engine
+        self._geometry = geometry
+        self._flush_lock = trio.Lock()
+
+    def wire(self, sizes: CacheSizes) -> None:
+        """Make the caches, whose loaders are the image's, and shorten the hot path."""
+        image = self.image
+        image.mapping.set_cache(TableCache(sizes.l2, image.load_l2, self._relieve))
+        image.refcounts.blocks = TableCache(
+            sizes.refcount, image.refcounts.load_block, self._relieve
+        )
+        self._reader = Reader(image, self._engine)
+        self.resolve = image.mapping.resolve  # type: ignore[method-assign]
+
+    @property
+    def children(self) -> MappingType[str, Node]:
+        nodes = {"file": self.image.file}
+        if self.image.backing is not None:
+            nodes["backing"] = self.image.backing
+        return nodes
+
+    @property
+    def cluster_size(self) -> int:
+        return self._geometry.cluster_size
+
+    def resolve(self, op: Op, offset: int, length: int) -> Resolution:
+        return self.image.mapping.resolve(op, offset, length)
+
+    def allocate_nowait(self, offset: int, data: Buffer) -> bool:
+        return allocate_nowait(self.image, offset, data)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        try:
+            await self._reader.read(offset, buffer)
+        except CorruptImage as error:
+            raise OSError(error.errno, str(error)) from None
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        image = self.image
+        rest = memoryview(data)
+        while len(rest):
+            image.check_writable()
+            try:
+                extent = await image.mapping.extent(offset, len(rest))
+            except CorruptImage as error:
+                raise image.stop(error) from None
+            if extent.type is ClusterType.STANDARD and extent.copied:
+                self._check_overlap(extent)
+                await image.file.write(extent.host_offset, rest[: extent.length])
+                written = extent.length
+            else:
+                written = await write_allocating(image, self._reader, offset, rest)
+            offset += written
+            rest = rest[written:]
+
+    def _check_overlap(self, extent: GuestExtent) -> None:
+        first = extent.host_offset & ~self._geometry.in_cluster
+        for host in range(first, extent.host_offset + extent.length, self.cluster_size):
+            if host in self.image.metadata.offsets:
+                raise self.image.stop(
+                    CorruptImage(f"{self.filename}: guest data is mapped onto metadata at {host:#x}")
+                )
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
+    ) -> None:
+        await write_zeroes(
+            self.image, offset, length, may_unmap=may_unmap, fallback=fallback, write=self.write
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        await discard(self.image, offset, length)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        image = self.image
+        try:
+            extent = await image.mapping.extent(offset, length)
+        except CorruptImage as error:
+            raise OSError(error.errno, str(error)) from None
+        length = extent.length
+        match extent.type:
+            case ClusterType.STANDARD:
+                # Part of a data cluster may be a hole in the file: then it reads as zeroes.
+                below = await image.file.block_status(extent.host_offset, length)
+                return [Extent(piece.length, data=True, zero=piece.zero) for piece in below]
+            case ClusterType.COMPRESSED:
+                return [Extent(length, data=True, zero=False)]
+            case ClusterType.UNALLOCATED:
+                if image.backing is None or offset >= image.backing.size:
+                    return [Extent(length, data=False, zero=True, allocated=False)]
+                inside = min(length, image.backing.size - offset)
+                below = await image.backing.block_status(offset, inside)
+                return [piece._replace(allocated=False) for piece in below]
+        return [Extent(length, data=False, zero=True)]
+
+    # --- the flush chain -----------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        if self.read_only:
+            return
+        self.image.check_writable()
+        async with self._flush_lock:
+            await super().flush()
+            self.image.quarantine.mark_durable()
+        await self._release()
+
+    async def flush_to_os(self) -> None:
+        await write_back(self.image)
+
+    async def _relieve(self) -> None:
+        """A cache is full of dirty tables."""
+        async with self._flush_lock:
+            await write_back(self.image)
+
+    async def _release(self) -> None:
+        """Free what has left quarantine, and give its room in the file back."""
+        image = self.image
+        released = image.quarantine.release()
+        if not released:
+            return
+        self._reader.forget_compressed()
+        freed = await image.refcounts.lower(released)
+        bits = self._geometry.cluster_bits
+        for first, count in freed:
+            await image.file.discard(first << bits, count << bits)
+        image.refcounts.add_free(freed)
+
+    async def settle(self) -> None:
+        """Background task: flush some time after something was unlinked, client or no client."""
+        while True:
+            await self.unlinked.wait()
+            with trio.move_on_after(SETTLE_AFTER):
+                while len(self.image.quarantine) < SETTLE_AT:
+                    await trio.sleep(SETTLE_AFTER / 10)
+            if self.image.broken is not None:
+                return
+            try:
+                await self.flush()
+            except OSError:
+                return  # the next flush of a client meets the same error and reports it
+            if not len(self.image.quarantine):
+                self.unlinked.clear()
+
+    async def close(self) -> None:
+        """Flush until nothing is dirty or waits: freeing what was unlinked dirties refcounts."""
+        if self.read_only:
+            return
+        if self.image.broken is not None:
+            await mark_corrupt(self.image)
+            return
+        await self.flush()
+        await self.flush()
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "l2_cache": self.image.l2.statistics(),
+            "refcount_cache": self.image.refcounts.blocks.statistics(),
+            "quarantine": len(self.image.quarantine),
+            "locks": self.image.locks.statistics(),
+        }
+
+
+class Signal:
+    """An event that can be cleared: something happened since."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        """Something happened."""
+        self._event.set()
+
+    def clear(self) -> None:
+        """It was dealt with."""
+        self._event = trio.Event()
+
+    async def wait(self) -> None:
+        """Until something has happened."""
+        await self._event.wait()

@@ -1,0 +1,300 @@
+"""Refcounts: which host clusters are in use, and where the next ones come from.
+
+Law: raising refcounts is synchronous. New refcount blocks and a larger refcount table are made in
+memory only; ordering.py writes them before anything that depends on them. The only thing that can
+need waiting is an existing refcount block that is not cached: then `take_nowait` answers None and
+`take` loads it.
+
+Clusters come from, in this order: what was found or made free (`_free`); the part of the image
+that has not been searched for free clusters yet, one refcount block at a time; the end of the file.
+Clusters at the end of a regular file have never been written, so they read as zeroes and a write
+into part of one needs no filling (`zeroed`); a reused one has stale bytes.
+
+A new refcount block is put into a cluster that it describes itself, so making one needs no other
+(qcow2 specification, "Host cluster management"; alloc_refcount_block in QEMU explains what goes
+wrong otherwise).
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbdserve.errors import CorruptImage
+from nbdserve.formats.qcow2.spec import MAX_REFCOUNT_TABLE_BYTES
+from nbdserve.formats.qcow2.spec import REFCOUNT_BLOCK_OFFSET_MASK as BLOCK_MASK
+from nbdserve.formats.qcow2.tables import Table, decode_refcounts, empty_refcounts
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Iterable
+
+    from nbdserve.block.node import Node
+    from nbdserve.formats.qcow2.cache import TableCache
+    from nbdserve.formats.qcow2.geometry import Geometry
+    from nbdserve.formats.qcow2.metadata import MetadataMap
+    from nbdserve.formats.qcow2.quarantine import Quarantine
+
+__all__ = ["Clusters", "Refcounts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Contiguous host clusters, just taken: index of the first, how many, all bytes known zero."""
+
+    first: int
+    count: int
+    zeroed: bool
+
+
+class Refcounts:
+    """The refcount table (always in memory) and the cache of refcount blocks."""
+
+    def __init__(
+        self,
+        file: Node,
+        geometry: Geometry,
+        table: Table,
+        metadata: MetadataMap,
+        quarantine: Quarantine,
+        *,
+        end: int,
+        end_is_zero: bool,
+    ) -> None:
+        """`end`: index of the first cluster past the end of the file."""
+        self.table = table
+        self.moved_from: list[tuple[int, int]] = []  # (host offset, nb_clusters) of former tables
+        self.blocks: TableCache  # set by the node: the cache loads through this object
+        self._file = file
+        self._geometry = geometry
+        self._metadata = metadata
+        self._quarantine = quarantine
+        self._end = end
+        self._end_is_zero = end_is_zero
+        self._searched = 0  # refcount blocks below this index have been searched
+        self._search_end = -(-end // geometry.block_entries)
+        self._free: list[tuple[int, int]] = []  # runs: first cluster, count
+
+    # --- taking clusters -----------------------------------------------------------------------
+
+    def take_nowait(self, nb_clusters: int) -> Clusters | None:
+        """Take up to `nb_clusters` contiguous clusters, at least one; their refcount becomes one.
+
+        None: a refcount block must be loaded, or free clusters searched for; use `take`.
+        """
+        while True:
+            if self._free:
+                first, available = self._free[-1]
+            elif self._searched < self._search_end:
+                return None
+            else:
+                first, available = self._end, nb_clusters
+            at_end = not self._free
+            block = self._block_nowait(first)
+            if block is None:
+                return None
+            if block is not _MADE:
+                taken = self._take_from(block, first, min(available, nb_clusters), at_end)
+                if taken is not None:
+                    return taken
+
+    async def take(self, nb_clusters: int) -> Clusters:
+        """As `take_nowait`, loading what it needs."""
+        while (taken := self.take_nowait(nb_clusters)) is None:
+            if not self._free and self._searched < self._search_end:
+                await self._search_next_block()
+            else:
+                first = self._free[-1][0] if self._free else self._end
+                await self.blocks.get(first >> self._geometry.block_bits)
+        return taken
+
+    def put_back(self, clusters: Clusters) -> None:
+        """Undo a take at once: nothing was awaited and nothing written since."""
+        block = self.blocks.peek(clusters.first >> self._geometry.block_bits)
+        assert block is not None
+        index = clusters.first & (self._geometry.block_entries - 1)
+        for number in range(clusters.count):
+            block.set(index + number, 0)
+        if clusters.first + clusters.count == self._end and clusters.zeroed:
+            self._end = clusters.first
+        else:
+            self._free.append((clusters.first, clusters.count))
+
+    def _take_from(self, block: Table, first: int, count: int, at_end: bool) -> Clusters | None:
+        """Raise the refcounts of the leading free clusters of a run; None if the first is in use."""
+        entries = block.entries
+        index = first & (self._geometry.block_entries - 1)
+        count = min(count, self._geometry.block_entries - index)
+        taken = 0
+        while taken < count and entries[index + taken] == 0:
+            self._metadata.assert_free(first + taken)
+            block.set(index + taken, 1)
+            taken += 1
+        self._consume(max(taken, 1), at_end)
+        return Clusters(first, taken, at_end and self._end_is_zero) if taken else None
+
+    def _consume(self, count: int, at_end: bool) -> None:
+        if at_end:
+            self._end += count
+            return
+        first, available = self._free.pop()
+        if available > count:
+            self._free.append((first + count, available - count))
+
+    # --- refcount blocks and the refcount table --------------------------------------------------
+
+    def _block_nowait(self, cluster: int) -> Table | None:
+        """The block for a cluster about to be taken. None: not cached. _MADE: it was just made, in
+        the place of the cluster; choose again."""
+        index = cluster >> self._geometry.block_bits
+        if index >= len(self.table.entries):
+            self._grow_table()
+            return _MADE
+        if self.table.entries[index] & BLOCK_MASK:
+            return self.blocks.peek(index)
+        self._make_block(index, cluster)
+        self._consume(1, not self._free)
+        return _MADE
+
+    def _make_block(self, index: int, cluster: int) -> Table:
+        """A new block for `index`, placed in `cluster`."""
+        geometry = self._geometry
+        self._metadata.assert_free(cluster)
+        block = Table(
+            empty_refcounts(geometry.block_entries, geometry.refcount_bits),
+            cluster << geometry.cluster_bits,
+            entry_bits=geometry.refcount_bits,
+            fresh=True,
+        )
+        self.blocks.add(index, block)
+        self.table.set(index, block.host_offset)
+        self._metadata.add(block.host_offset)
+        if cluster >> geometry.block_bits == index:
+            block.set(cluster & (geometry.block_entries - 1), 1)
+        return block
+
+    def _grow_table(self) -> None:
+        """Move the refcount table to the end of the file, half as large again.
+
+        The end of the file is past the old table's reach, so the refcounts of the new table's own
+        clusters need new blocks: they are made here too, right behind it.
+        """
+        geometry = self._geometry
+        start = self._end
+        old = self.table
+        first_block = start >> geometry.block_bits
+        nb_clusters = geometry.clusters(max(old.nb_bytes * 3 // 2, (first_block + 1) * 8)) + 1
+        nb_blocks = 1
+        while (start + nb_clusters + nb_blocks - 1) >> geometry.block_bits >= first_block + nb_blocks:
+            nb_blocks += 1
+        if (
+            nb_clusters * geometry.cluster_size > MAX_REFCOUNT_TABLE_BYTES
+            or first_block + nb_blocks > nb_clusters * geometry.l2_entries
+        ):
+            raise OSError(errno.EFBIG, f"{self._file.filename}: the refcount table cannot grow")
+        host_offset = start << geometry.cluster_bits
+        entries = old.entries[:]
+        entries.extend([0] * (nb_clusters * geometry.l2_entries - len(entries)))
+        self.table = Table(entries, host_offset, fresh=True)
+        self.moved_from.append((old.host_offset, geometry.clusters(old.nb_bytes)))
+        for cluster in range(start, start + nb_clusters):
+            self._metadata.assert_free(cluster)
+            self._metadata.add(cluster << geometry.cluster_bits)
+        end = start + nb_clusters + nb_blocks
+        for number in range(nb_blocks):
+            block = self._make_block(first_block + number, start + nb_clusters + number)
+            low = (first_block + number) << geometry.block_bits
+            for cluster in range(max(low, start), min(low + geometry.block_entries, end)):
+                block.set(cluster - low, 1)
+        self._end = end
+
+    async def load_block(self, index: int) -> Table:
+        """Read one refcount block (the cache's loader). Raises CorruptImage."""
+        geometry = self._geometry
+        host_offset = self.table.entries[index] & BLOCK_MASK
+        if host_offset & geometry.in_cluster:
+            raise CorruptImage(
+                f"{self._file.filename}: refcount block {index} at {host_offset:#x} is not aligned"
+            )
+        data = bytearray(geometry.cluster_size)
+        await self._file.read(host_offset, memoryview(data))
+        return Table(
+            decode_refcounts(data, geometry.refcount_bits),
+            host_offset,
+            entry_bits=geometry.refcount_bits,
+        )
+
+    async def _search_next_block(self) -> None:
+        """Look for free clusters in the next block of the image that was not searched yet."""
+        index = self._searched
+        geometry = self._geometry
+        low = index << geometry.block_bits
+        count = min(geometry.block_entries, self._end - low)
+        if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
+            runs = [(0, count)]
+        else:
+            block = await self.blocks.get(index)
+            if self._searched != index:  # somebody else was faster
+                return
+            runs = free_runs(block.entries, count)
+        self._searched = index + 1
+        # Cluster 0 is the header; a refcount of zero there is damage, not room.
+        self._free[:0] = [
+            (low + first, length) for first, length in reversed(runs) if low + first > 0
+        ]
+
+    # --- lowering --------------------------------------------------------------------------------
+
+    async def lower(self, clusters: Iterable[int]) -> list[tuple[int, int]]:
+        """Lower each cluster's refcount by one; return the runs (first, count) that became free.
+
+        Only for what has left quarantine. A refcount that is zero already is damage: it is logged
+        by raising CorruptImage after the others were lowered.
+        """
+        geometry = self._geometry
+        freed: list[tuple[int, int]] = []
+        for cluster in clusters:
+            index = cluster >> geometry.block_bits
+            if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
+                continue  # never counted: nothing to lower
+            block = await self.blocks.get(index)
+            entry = cluster & (geometry.block_entries - 1)
+            value = block.entries[entry]
+            if value == 0:
+                continue
+            block.set(entry, value - 1)
+            if value == 1:
+                self._metadata.discard(cluster << geometry.cluster_bits)
+                if freed and sum(freed[-1]) == cluster:
+                    freed[-1] = (freed[-1][0], freed[-1][1] + 1)
+                else:
+                    freed.append((cluster, 1))
+        return freed
+
+    def add_free(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Clusters with refcount zero may be handed out from now on."""
+        searched_end = self._searched * self._geometry.block_entries
+        for first, count in runs:
+            # What lies in a block not searched yet will be found by the search.
+            if self._searched >= self._search_end or first + count <= searched_end:
+                self._free.append((first, count))
+
+
+_MADE = Table.__new__(Table)
+
+
+def free_runs(entries: array[int], count: int) -> list[tuple[int, int]]:
+    """The runs (first, length) of zeroes among the first `count` entries, ascending."""
+    runs: list[tuple[int, int]] = []
+    index = 0
+    while index < count:
+        try:
+            index = entries.index(0, index, count)
+        except ValueError:
+            break
+        start = index
+        while index < count and entries[index] == 0:
+            index += 1
+        runs.append((start, index - start))
+    return runs

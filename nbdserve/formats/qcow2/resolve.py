@@ -1,0 +1,232 @@
+"""The map from guest ranges to host offsets: what an L1 and L2 entry means.
+
+Law: everything here is synchronous and without I/O. `resolve` turns a range into runs, through
+the backing chain down to the leaves; `extent_at` answers for one range of one image what it
+consists of, and is what the asynchronous paths walk along.
+
+The contract of `extent_at` is that of qcow2_get_host_offset: bytes in is what the caller wants,
+bytes out is how many of them are of one type and contiguous in the host file.
+
+Writes resolve only onto standard clusters whose refcount is one (COPIED) and which are not marked
+zero; everything else changes the mapping and belongs to allocation.py.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+from nbdserve.block.node import Leaf, Node
+from nbdserve.block.run import READ, Miss, Op, Resolution, Run
+from nbdserve.errors import CorruptImage
+from nbdserve.formats.qcow2.spec import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+
+if TYPE_CHECKING:
+    from nbdserve.formats.qcow2.cache import TableCache
+    from nbdserve.formats.qcow2.geometry import Geometry
+    from nbdserve.formats.qcow2.tables import Table
+
+__all__ = ["ClusterType", "GuestExtent", "Mapping", "cluster_type"]
+
+
+class ClusterType(enum.Enum):
+    """What an L2 entry says of its guest cluster (QEMU: QCow2ClusterType)."""
+
+    UNALLOCATED = "the backing file decides"
+    ZERO_PLAIN = "reads as zeroes"
+    ZERO_ALLOC = "reads as zeroes, and a host cluster is reserved for it"
+    STANDARD = "data at a host offset"
+    COMPRESSED = "compressed data"
+
+
+UNALLOCATED = ClusterType.UNALLOCATED
+ZERO_PLAIN = ClusterType.ZERO_PLAIN
+STANDARD = ClusterType.STANDARD
+
+
+class GuestExtent(NamedTuple):
+    """`length` bytes of one type.
+
+    host_offset: where the first byte is, for STANDARD and ZERO_ALLOC. entry: the L2 entry of the
+    first cluster. copied: the refcounts are one, so the clusters may be overwritten.
+    """
+
+    type: ClusterType
+    length: int
+    host_offset: int = 0
+    entry: int = 0
+    copied: bool = False
+
+
+def cluster_type(entry: int) -> ClusterType:
+    """Classify an L2 entry (qcow2_get_cluster_type)."""
+    if entry & COMPRESSED:
+        return ClusterType.COMPRESSED
+    if entry & ZERO:
+        return ClusterType.ZERO_ALLOC if entry & OFFSET_MASK else ZERO_PLAIN
+    return STANDARD if entry & OFFSET_MASK else UNALLOCATED
+
+
+class Mapping:
+    """The L1 table, the cache of L2 tables and the nodes that they lead to."""
+
+    def __init__(
+        self,
+        file: Node,
+        backing: Node | None,
+        geometry: Geometry,
+        l1: Table,
+        *,
+        has_zero_flag: bool,
+        metadata: set[int],
+    ) -> None:
+        """`has_zero_flag`: version 3; in version 2 the bit is reserved and a mistake."""
+        self.l1 = l1
+        self.l2: TableCache  # set by the node: the cache loads through it
+        self.backing = backing
+        self._file = file
+        self._geometry = geometry
+        self._metadata = metadata
+        self._empty = array("Q", bytes(8 * geometry.l2_entries))
+        # All bits but those of an aligned offset: a plain writable cluster has only COPIED.
+        self._not_offset = ~(OFFSET_MASK & ~geometry.in_cluster) & ((1 << 64) - 1)
+        reserved = self._not_offset & ~(COPIED | COMPRESSED)
+        self._reserved = reserved & ~ZERO if has_zero_flag else reserved
+        self._leaf = file if isinstance(file, Leaf) else None
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_size = geometry.cluster_size
+        self._in_cluster = geometry.in_cluster
+        self._l2_bits = geometry.l2_bits
+        self._l2_mask = geometry.l2_entries - 1
+
+    def set_cache(self, cache: TableCache) -> None:
+        """The cache is made after the mapping because its loader needs it."""
+        self.l2 = cache
+        self._hot = cache.hot
+
+    def resolve(self, op: Op, offset: int, length: int) -> Resolution:
+        """See Node.resolve. The first lines are the hot path: one plain cluster, table in memory."""
+        cluster = offset >> self._cluster_bits
+        entries = self._hot.get(cluster >> self._l2_bits)
+        if entries is not None:
+            entry = entries[cluster & self._l2_mask]
+            start = offset & self._in_cluster
+            if (
+                start + length <= self._cluster_size
+                and entry & self._not_offset == COPIED
+                and entry != COPIED
+            ):
+                host = entry ^ COPIED
+                if self._leaf is not None and (op is READ or host not in self._metadata):
+                    return [(self._leaf, host + start, length)]
+        return self._resolve_extents(op, offset, length)
+
+    def _resolve_extents(self, op: Op, offset: int, length: int) -> Resolution:
+        runs: list[Run] = []
+        while length:
+            try:
+                extent = self.extent_at(offset, length)
+            except CorruptImage:
+                return Miss.OPAQUE  # the asynchronous path meets it again and can report it
+            if extent is None:
+                return Miss.NOT_CACHED
+            found = (
+                self._runs_to_read(extent, offset)
+                if op is READ
+                else self._runs_to_write(extent, offset)
+            )
+            if isinstance(found, Miss):
+                return found
+            runs += found
+            offset += extent.length
+            length -= extent.length
+        return runs
+
+    def _runs_to_read(self, extent: GuestExtent, offset: int) -> Resolution:
+        if extent.type is STANDARD:
+            return self._file.resolve(READ, extent.host_offset, extent.length)
+        if extent.type is ClusterType.COMPRESSED:
+            return Miss.COMPRESSED
+        if extent.type is UNALLOCATED and self.backing is not None:
+            inside = max(0, min(extent.length, self.backing.size - offset))
+            runs = self.backing.resolve(READ, offset, inside) if inside else []
+            if isinstance(runs, list) and inside < extent.length:
+                # Past the end of a shorter backing file the overlay reads as zeroes.
+                runs.append((None, 0, extent.length - inside))
+            return runs
+        return [(None, 0, extent.length)]
+
+    def _runs_to_write(self, extent: GuestExtent, offset: int) -> Resolution:
+        if extent.type is STANDARD:
+            if not extent.copied:
+                return Miss.NEEDS_COW
+            first = extent.host_offset & ~self._in_cluster
+            end = extent.host_offset + extent.length
+            for host in range(first, end, self._cluster_size):
+                if host in self._metadata:
+                    return Miss.OPAQUE  # corrupt; the asynchronous path reports it
+            return self._file.resolve(Op.WRITE, extent.host_offset, extent.length)
+        if extent.type is ClusterType.COMPRESSED:
+            return Miss.COMPRESSED
+        if extent.type is UNALLOCATED and self.backing is not None and offset < self.backing.size:
+            return Miss.NEEDS_COW
+        return Miss.NEEDS_ALLOC
+
+    def entries_at(self, offset: int) -> array[int] | None:
+        """The entries of the L2 table for a guest offset; None if it is not in memory.
+
+        Where L1 has no table all entries are zero.
+        """
+        index = offset >> self._geometry.l1_bits
+        entries = self._hot.get(index)
+        if entries is not None:
+            return entries
+        if not self.l1.entries[index] & OFFSET_MASK:
+            return self._empty
+        table = self.l2.peek(index)
+        return None if table is None else table.entries
+
+    def extent_at(self, offset: int, length: int) -> GuestExtent | None:
+        """What the range begins with; None if its L2 table is not in memory.
+
+        Raises CorruptImage for an entry with reserved bits or an unaligned offset.
+        """
+        entries = self.entries_at(offset)
+        if entries is None:
+            return None
+        index = (offset >> self._cluster_bits) & self._l2_mask
+        start = offset & self._in_cluster
+        wanted = min(
+            (start + length + self._in_cluster) >> self._cluster_bits, self._l2_mask + 1 - index
+        )
+        entry = entries[index]
+        kind = cluster_type(entry)
+        count = 1
+        if kind is not ClusterType.COMPRESSED:
+            self._check(entry, offset)
+            step = self._cluster_size if entry & OFFSET_MASK else 0
+            expected = entry + step
+            while count < wanted and entries[index + count] == expected:
+                count += 1
+                expected += step
+        return GuestExtent(
+            kind,
+            min(length, (count << self._cluster_bits) - start),
+            (entry & OFFSET_MASK) + start,
+            entry,
+            bool(entry & COPIED),
+        )
+
+    def _check(self, entry: int, offset: int) -> None:
+        if entry & self._reserved:
+            raise CorruptImage(
+                f"{self._file.filename}: the L2 entry {entry:#x} of the cluster at guest offset"
+                f" {offset & ~self._in_cluster:#x} is damaged"
+            )
+
+    async def extent(self, offset: int, length: int) -> GuestExtent:
+        """As `extent_at`, loading the L2 table if it must. Raises CorruptImage, OSError."""
+        while (extent := self.extent_at(offset, length)) is None:
+            await self.l2.get(offset >> self._geometry.l1_bits)
+        return extent

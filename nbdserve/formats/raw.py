@@ -1,0 +1,85 @@
+"""The raw format: guest offsets are offsets in the child, from `offset` on.
+
+Nothing of its own is stored, so every operation is passed to the child, moved; a range resolves
+through to the child's leaves. Also the window that `--offset` opens on any image.
+
+An image whose format nobody named and that was taken for raw is dangerous: a guest that writes
+another format's header into its first sector has it opened as that format next time, and could
+name any host file as its backing file. Such writes are refused (`guarded`; raw_co_pwritev of QEMU).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from nbdserve.block.node import Buffer, Extent, Node
+from nbdserve.block.run import Miss, Op, Resolution
+from nbdserve.formats.probe import PROBE_SIZE, looks_like_format
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["RawNode"]
+
+
+class RawNode(Node):
+    """A window on a child, from `offset` to its end."""
+
+    def __init__(self, file: Node, *, offset: int = 0, guarded: bool = False) -> None:
+        super().__init__(
+            file.filename, file.size - offset, read_only=file.read_only, no_flush=file.no_flush
+        )
+        self._file = file
+        self._offset = offset
+        self._guarded = guarded
+
+    @property
+    def children(self) -> Mapping[str, Node]:
+        return {"file": self._file}
+
+    @property
+    def cluster_size(self) -> int:
+        return self._file.cluster_size
+
+    def resolve(self, op: Op, offset: int, length: int) -> Resolution:
+        if self._guarded and op is Op.WRITE and offset < PROBE_SIZE:
+            return Miss.OPAQUE
+        return self._file.resolve(op, offset + self._offset, length)
+
+    def allocate_nowait(self, offset: int, data: Buffer) -> bool:
+        return self._file.allocate_nowait(offset + self._offset, data)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await self._file.read(offset + self._offset, buffer)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        if self._guarded and offset < PROBE_SIZE:
+            await self._check_first_sector(offset, data)
+        await self._file.write(offset + self._offset, data)
+
+    async def _check_first_sector(self, offset: int, data: Buffer) -> None:
+        sector = bytearray(min(PROBE_SIZE, self.size))
+        await self._file.read(self._offset, memoryview(sector))
+        piece = memoryview(data)[: len(sector) - offset]
+        sector[offset : offset + len(piece)] = piece
+        name = looks_like_format(bytes(sector))
+        if name is not None:
+            raise OSError(
+                errno.EPERM,
+                f"{self.filename}: a write would make the raw image look like {name};"
+                " its format was guessed, name it with -f raw to allow this",
+            )
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
+    ) -> None:
+        await self._file.write_zeroes(
+            offset + self._offset, length, may_unmap=may_unmap, fallback=fallback
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._file.discard(offset + self._offset, length)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        return await self._file.block_status(offset + self._offset, length)

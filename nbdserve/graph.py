@@ -1,0 +1,195 @@
+"""From a configuration to an open tree of nodes, and back.
+
+The only module that knows every driver and format. It decides which file is opened by what, in
+which role, with which lock; opens from the leaves up; and closes from the root down, each node
+flushed before what it stands on is closed.
+
+A backing file named in an image is opened read-only and shared, as QEMU does it. Its name may be
+relative to the overlay. A chain that comes back to a file it already holds is refused: such an
+image would never finish opening, or never finish reading.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from nbdserve.block.backend import BlockBackend
+from nbdserve.block.epoch import Epochs
+from nbdserve.drivers.file import FileNode, open_file
+from nbdserve.drivers.locks import PERMISSIONS, Role
+from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.errors import ConfigError, ImageError, NbdserveError
+from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
+from nbdserve.formats.qcow2.node import Qcow2Node, open_qcow2, read_header
+from nbdserve.formats.raw import RawNode
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nbdserve.block.node import Node
+    from nbdserve.config import ImageConfig
+
+__all__ = ["FORMATS", "open_backend", "open_tree"]
+
+log = logging.getLogger("nbdserve.graph")
+
+FORMATS = ("qcow2", "raw")
+
+# QEMU has no limit and fails on its stack at some thousands.
+MAX_CHAIN = 200
+
+
+@asynccontextmanager
+async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
+    """The image of a configuration, open for the body.
+
+    Leaving flushes and closes it. Raises ImageError, ConfigError, OSError; an image that is
+    refused has not been written to.
+    """
+    if config.cache.direct:
+        raise ConfigError(f"--cache={config.cache.name} needs O_DIRECT, which is not built yet")
+    engine = ThreadsEngine()
+    try:
+        async with trio.open_nursery() as nursery:
+            async with open_tree(config, engine, nursery) as backend:
+                yield backend
+            nursery.cancel_scope.cancel()
+    finally:
+        engine.close()
+
+
+@asynccontextmanager
+async def open_tree(
+    config: ImageConfig, engine: ThreadsEngine, nursery: trio.Nursery
+) -> AsyncIterator[BlockBackend]:
+    """As `open_backend`, in a nursery of the caller's."""
+    opener = _Opener(config, engine)
+    try:
+        root = await opener.open_image(config.filename, config.format, config.read_only, [])
+        if config.offset:
+            if config.offset > root.size:
+                raise ConfigError(
+                    f"--offset: {config.offset} is beyond the end of {config.filename}"
+                    f" ({root.size} bytes)"
+                )
+            root = RawNode(root, offset=config.offset)
+            opener.opened.append(root)
+        for node in opener.opened:
+            if isinstance(node, Qcow2Node) and not node.read_only:
+                nursery.start_soon(node.settle)
+        # Requests that are still running when the body is left are cut off before nodes close.
+        async with trio.open_nursery() as requests:
+            yield BlockBackend(
+                root,
+                opener.epochs,
+                requests,
+                write_cache=config.cache.writeback,
+                detect_zeroes=config.detect_zeroes,
+                discard=config.discard == "unmap",
+            )
+            requests.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await opener.close()
+
+
+class _Opener:
+    """Opens nodes and remembers them in order, so that they can be closed in reverse."""
+
+    def __init__(self, config: ImageConfig, engine: ThreadsEngine) -> None:
+        self.epochs = Epochs()
+        self.opened: list[Node] = []
+        self._config = config
+        self._engine = engine
+
+    async def open_image(
+        self, filename: str, image_format: str | None, read_only: bool, chain: list[FileNode]
+    ) -> Node:
+        """Open one image with its backing files; `chain`: the files above it."""
+        file = open_file(
+            filename,
+            self._engine,
+            read_only=read_only,
+            no_flush=self._config.cache.no_flush,
+            discard=self._config.discard == "unmap" and not read_only,
+        )
+        self.opened.append(file)
+        self._check_loop(file, chain)
+        guessed = image_format is None
+        if image_format is None:
+            first = bytearray(min(PROBE_SIZE, file.size))
+            await file.read(0, memoryview(first))
+            image_format = probe_format(bytes(first), filename)
+        if image_format == "qcow2":
+            return await self._open_qcow2(file, read_only, chain)
+        if image_format == "raw":
+            return self._open_raw(file, guessed, is_backing=bool(chain))
+        raise ImageError(
+            f"{filename}: unknown format {image_format!r}; known are {', '.join(FORMATS)}"
+        )
+
+    def _open_raw(self, file: FileNode, guessed: bool, *, is_backing: bool) -> Node:
+        role = Role.RAW_RO if file.read_only else Role.RAW_RW
+        file.lock(*PERMISSIONS[Role.RAW_BACKING if is_backing else role])
+        if guessed and not file.read_only:
+            log.warning(RAW_PROBED_WARNING.format(filename=file.filename))
+        node = RawNode(file, guarded=guessed and not file.read_only)
+        self.opened.append(node)
+        return node
+
+    async def _open_qcow2(self, file: FileNode, read_only: bool, chain: list[FileNode]) -> Node:
+        file.lock(*PERMISSIONS[Role.FORMAT_RO if read_only else Role.FORMAT_RW])
+        header = await read_header(file)
+        backing = None
+        if header.backing_file is not None:
+            backing = await self._open_backing(
+                header.backing_file, header.backing_format, [*chain, file]
+            )
+        node = await open_qcow2(
+            file,
+            backing,
+            header,
+            self._engine,
+            self.epochs,
+            read_only=read_only,
+            no_flush=self._config.cache.no_flush,
+        )
+        self.opened.append(node)
+        return node
+
+    async def _open_backing(
+        self, name: str, image_format: str | None, chain: list[FileNode]
+    ) -> Node:
+        overlay = chain[-1].filename
+        if name.startswith("json:") or "://" in name or name.startswith("nbd:"):
+            raise ImageError(f"{overlay}: the backing file {name!r} is not a plain file name")
+        filename = os.path.join(os.path.dirname(overlay), name.removeprefix("file:"))
+        if len(chain) > MAX_CHAIN:
+            raise ImageError(f"{overlay}: the backing chain is longer than {MAX_CHAIN} images")
+        try:
+            return await self.open_image(filename, image_format, True, chain)
+        except NbdserveError as error:
+            raise type(error)(f"{overlay}: backing file {error}", error.errno) from None
+
+    def _check_loop(self, file: FileNode, chain: list[FileNode]) -> None:
+        for above in chain:
+            if os.path.sameopenfile(above.fd, file.fd):
+                raise ImageError(f"{file.filename}: the backing chain is a loop")
+
+    async def close(self) -> None:
+        """Close all, the root first. The first error is raised after everything was closed."""
+        first_error: OSError | None = None
+        while self.opened:
+            try:
+                await self.opened.pop().close()
+            except OSError as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+
+

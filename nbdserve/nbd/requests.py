@@ -1,0 +1,99 @@
+"""From received bytes to requests: the batch parser of the transmission phase.
+
+Law: bytes are received once, in place, and never moved but for what is left of an incomplete
+request at the end of the buffer. A WRITE's payload is a view of the receive buffer. `parse` takes
+all complete requests of a `recv` at once: one call per batch, no object per request but a tuple.
+
+A request that does not fit gets a buffer of its own size for as long as it takes to receive it.
+Bad magic, or a payload longer than we announced, raises ProtocolError: the stream cannot be
+followed any further (NBD protocol, "Request message").
+"""
+
+from __future__ import annotations
+
+from nbdserve.nbd.export import MAXIMUM_PAYLOAD
+from nbdserve.nbd.proto import REQUEST_MAGIC, Command
+from nbdserve.nbd.wire import REQUEST
+
+__all__ = ["ProtocolError", "Request", "RequestBuffer"]
+
+Request = tuple[int, int, int, int, int, memoryview | None]
+"""flags, command, cookie, offset, length, payload (of a WRITE); numbers as they came."""
+
+# Large enough for some 256 KiB writes on the way, small enough to stay in the processor's cache.
+CAPACITY = 1 << 20
+
+HEADER_SIZE = REQUEST.size
+_WRITE = int(Command.WRITE)
+_unpack_from = REQUEST.unpack_from
+
+
+class ProtocolError(Exception):
+    """The client does not speak NBD; the connection is closed."""
+
+
+class RequestBuffer:
+    """Bytes received and not parsed yet: `_view[_start:_end]`."""
+
+    def __init__(self) -> None:
+        self._view = memoryview(bytearray(CAPACITY))
+        self._start = 0
+        self._end = 0
+        self._needed = HEADER_SIZE  # bytes the next request takes, as far as known
+        self._pinned = False
+
+    def room(self) -> memoryview:
+        """Where to receive into; payloads of earlier batches are overwritten unless pinned."""
+        if self._pinned or self._needed > len(self._view) - self._start or self._is_oversized():
+            self._move()
+        return self._view[self._end :]
+
+    def received(self, nb_bytes: int) -> None:
+        """That many bytes were put into `room()`."""
+        self._end += nb_bytes
+
+    def pin(self) -> None:
+        """Payloads of this batch are kept: receive into another buffer from now on."""
+        self._pinned = True
+
+    def parse(self, limit: int) -> list[Request]:
+        """The complete requests at hand, at most `limit` of them. Raises ProtocolError."""
+        view, start, end = self._view, self._start, self._end
+        requests: list[Request] = []
+        needed = HEADER_SIZE
+        while end - start >= HEADER_SIZE and len(requests) < limit:
+            magic, flags, command, cookie, offset, length = _unpack_from(view, start)
+            if magic != REQUEST_MAGIC:
+                raise ProtocolError(f"bad request magic {magic:#x}")
+            if command != _WRITE:
+                start += HEADER_SIZE
+                requests.append((flags, command, cookie, offset, length, None))
+                continue
+            if length > MAXIMUM_PAYLOAD:
+                raise ProtocolError(f"WRITE of {length} bytes, {MAXIMUM_PAYLOAD} is the maximum")
+            needed = HEADER_SIZE + length
+            if end - start < needed:
+                break
+            payload = view[start + HEADER_SIZE : start + needed]
+            requests.append((flags, command, cookie, offset, length, payload))
+            start += needed
+            needed = HEADER_SIZE
+        self._start, self._needed = start, needed
+        if start == end and not self._pinned:
+            self._start = self._end = 0
+        return requests
+
+    def _is_oversized(self) -> bool:
+        return len(self._view) > CAPACITY and self._needed <= CAPACITY
+
+    def _move(self) -> None:
+        """Bring the incomplete request to the front, of another buffer if this one will not do."""
+        rest = self._view[self._start : self._end]
+        size = max(CAPACITY, self._needed)
+        if self._pinned or size != len(self._view):
+            view = memoryview(bytearray(size))
+            self._pinned = False
+        else:
+            view = self._view
+        view[: len(rest)] = rest  # memmove: may overlap
+        self._view, self._start, self._end = view, 0, len(rest)

@@ -1,0 +1,277 @@
+"""The life of a server: open, listen, accept, stop in order.
+
+The order is the law of this module:
+
+1. the image is opened. If it is refused, no socket was made and nothing written;
+2. sockets listen, the pid file is written, and only then is readiness announced;
+3. clients are accepted until a signal comes or, if not persistent, the last has left;
+4. stop: the sockets close, every connection is asked to finish what is in flight,
+   and after SHUTDOWN_TIMEOUT those that have not are cut off;
+5. the image is flushed and closed, then socket and pid file go. Whoever sees them
+   gone may open the image.
+
+Signals are received from before 1 until after 5, so that a second one interrupts
+nothing. What one connection does wrong ends that connection alone.
+
+Life cycle and client limit follow qemu-nbd (``nbd_accept``, ``nbd_client_closed``,
+``nbd_update_server_watch``): at the limit nobody is turned away, the next client waits
+in the kernel's queue; and a client that left before it reached transmission, such as
+one that only listed the exports, does not count as the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from nbdserve.errors import ConfigError
+from nbdserve.graph import open_backend
+from nbdserve.listeners import Listeners, nbd_uri, open_listeners
+from nbdserve.nbd.connection import Connection
+from nbdserve.nbd.export import Export
+from nbdserve.nbd.poller import Poller
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Generator, Sequence
+
+    from nbdserve.config import ListenConfig, ServeConfig
+
+SHUTDOWN_TIMEOUT = 5.0
+"""Seconds a stop waits for requests in flight and for clients to read their replies.
+
+Long enough for a 64 MiB request on a slow disk; well below the 10 s after which Docker
+and the 90 s after which systemd send SIGKILL, so that the flush still has its time.
+"""
+
+ACCEPT_PAUSE = 0.1
+"""Seconds to wait after accept() failed, most often for want of file descriptors.
+
+The client stays in the queue and the socket readable: without a pause the loop would spin.
+"""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Those that end qemu-nbd in order."""
+
+log = logging.getLogger("nbdserve.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What can be told once clients are accepted.
+
+    ``where`` has the port the kernel chose, or the absolute path of the unix socket;
+    ``size`` is the export's, in bytes.
+    """
+
+    uri: str
+    where: ListenConfig
+    size: int
+    read_only: bool
+
+
+async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> None:
+    """Serve an image until a stop signal, or until the last client has left.
+
+    Must run in the main thread. ``on_ready`` is called once, when clients are accepted and
+    the pid file is written; what it raises stops the server.
+
+    :raises NbdserveError: the image is refused, or an option cannot be honoured.
+    :raises OSError: the last flush failed, or the image could not be closed.
+    """
+    with _single_exception(), trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            nursery.start_soon(_watch_signals, signals, stop)
+            await _serve_until(stop, config, on_ready)
+            nursery.cancel_scope.cancel()
+
+
+async def _serve_until(
+    stop: trio.Event, config: ServeConfig, on_ready: Callable[[Ready], None]
+) -> None:
+    with contextlib.ExitStack() as at_end:
+        async with open_backend(config.image) as backend:
+            export = Export(
+                config.export.name,
+                backend,
+                config.export.description,
+                multi_conn=config.max_clients != 1,
+            )
+            listeners = await open_listeners(config.listen, backlog=_backlog(config))
+            at_end.callback(listeners.remove)
+            if config.pid_file is not None:
+                at_end.enter_context(pid_file(config.pid_file))
+            uri = nbd_uri(listeners.where, config.export.name)
+            on_ready(Ready(uri, listeners.where, backend.size, backend.read_only))
+            log.info("serving %s at %s", backend.filename, uri)
+            server = _Server(listeners, [export], config, stop)
+            await server.run()
+
+
+class _Server:
+    """The accept loops and the connections of one run."""
+
+    def __init__(
+        self,
+        listeners: Listeners,
+        exports: Sequence[Export],
+        config: ServeConfig,
+        stop: trio.Event,
+    ) -> None:
+        self._listeners = listeners
+        self._exports = exports
+        self._max_clients = config.max_clients
+        self._persistent = config.persistent
+        self._stop = stop
+        self._connections: set[Connection] = set()
+        self._room = trio.lowlevel.ParkingLot()
+        self._poller = Poller()
+
+    async def run(self) -> None:
+        """Accept until ``stop``; return when every connection has ended or was cut off."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._poller.run)
+            await self._accept_and_serve()
+            nursery.cancel_scope.cancel()
+        self._poller.close()
+
+    async def _accept_and_serve(self) -> None:
+        async with trio.open_nursery() as clients:
+            async with trio.open_nursery() as acceptors:
+                for listener in self._listeners.sockets:
+                    acceptors.start_soon(self._accept_loop, listener, clients)
+                await self._stop.wait()
+                acceptors.cancel_scope.cancel()
+            self._listeners.close()
+            for connection in self._connections:
+                connection.shutdown()
+            clients.cancel_scope.deadline = trio.current_time() + SHUTDOWN_TIMEOUT
+        if clients.cancel_scope.cancelled_caught:
+            log.warning("clients that had not finished after %g s were cut off", SHUTDOWN_TIMEOUT)
+
+    def _full(self) -> bool:
+        return 0 < self._max_clients <= len(self._connections)
+
+    async def _accept_loop(self, listener: socket.socket, clients: trio.Nursery) -> None:
+        # accept() itself never waits: between two listeners the last place could be given twice.
+        while True:
+            while self._full():
+                await self._room.park()
+            await trio.lowlevel.wait_readable(listener)
+            if self._full():
+                continue
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            except OSError as error:
+                log.warning("cannot accept a client: %s", error.strerror)
+                await trio.sleep(ACCEPT_PAUSE)
+                continue
+            if listener.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setblocking(False)
+            connection = Connection(sock, self._exports, self._poller, log=log.getChild("client"))
+            self._connections.add(connection)
+            name = "{}:{}".format(*address[:2]) if address else "on the unix socket"
+            clients.start_soon(self._run_client, connection, sock, name)
+
+    async def _run_client(
+        self, connection: Connection, sock: socket.socket, name: str
+    ) -> None:
+        log.info("client %s connected", name)
+        try:
+            await connection.run()
+        except Exception as error:
+            # A bug of ours; the other clients shall not suffer from it.
+            log.error("client %s: internal error: %r", name, error)
+            log.debug("client %s", name, exc_info=True)
+        finally:
+            sock.close()
+            self._connections.discard(connection)
+            self._room.unpark_all()
+        log.info("client %s left", name)
+        if not self._persistent and not self._connections and connection.negotiated:
+            self._stop.set()
+
+
+async def _watch_signals(signals: AsyncIterator[int], stop: trio.Event) -> None:
+    async for number in signals:
+        log.info("stopping: %s", signal.Signals(number).name)
+        stop.set()
+
+
+def _backlog(config: ServeConfig) -> int:
+    """How many clients may wait to be accepted; follows qemu-nbd's ``main``."""
+    if config.persistent or config.max_clients == 0:
+        return socket.SOMAXCONN
+    return min(config.max_clients, socket.SOMAXCONN)
+
+
+@contextlib.contextmanager
+def pid_file(path: str) -> Generator[None]:
+    """Hold a file with our process id, locked; it is removed at the end.
+
+    Follows QEMU's ``qemu_write_pidfile``: mode 0600, one line, a lock that a second server
+    naming the same file runs into. (qemu-nbd leaves the file behind; a stale one invites
+    killing a stranger.)
+
+    :raises ConfigError: the file cannot be written, or another process holds it.
+    """
+    try:
+        fd = _open_locked(path)
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, b"%d\n" % os.getpid())
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        reason = "another process holds it" if error.errno == errno.EAGAIN else error.strerror
+        raise ConfigError(f"--pid-file: {path}: {reason}", error.errno) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(fd)
+
+
+def _open_locked(path: str) -> int:
+    while True:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder may have removed the file between our open and our lock.
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _single_exception() -> Generator[None]:
+    """Nurseries wrap what is raised in groups; a caller wants the one exception inside."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        inner: BaseException = group
+        while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
+            inner = inner.exceptions[0]
+        if inner is group:
+            raise
+        raise inner from inner.__cause__

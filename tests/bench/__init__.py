@@ -1,0 +1,19 @@
+"""`make bench`: nbdserve beside qemu-nbd and nbdkit, measured in one run.
+
+How the figures come about, and why so:
+
+- Servers in turn.  A virtual machine's speed drifts by a factor of two within an hour, so a
+  figure means something only beside an opponent's figure of the same minutes.  Each round runs
+  each case on every server, in an order that rotates, and the ratio is taken within the round;
+  what is reported is the median of the rounds' ratios.
+- Against the better one.  qemu-nbd runs with --aio=threads and with --aio=io_uring; in each
+  round the faster of the two is the opponent.
+- The same work.  One 1 GiB image with every cluster allocated, read once before; first writes
+  and nbdcopy's copy in start from a fresh, empty image each time and do a fixed amount.  The
+  file is synced between runs, so no run pays for the disk writes of the one before.
+- No flush is timed, but for what a client asks for itself: the figures are of the server, not
+  of the disk.
+
+cases.py is the table of what is measured, servers.py of who is; images.py makes the files,
+clients.py runs fio and nbdcopy, report.py has the arithmetic and the table.
+"""

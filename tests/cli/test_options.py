@@ -1,0 +1,192 @@
+"""Every spelling of every option, as the configuration it stands for."""
+
+import click
+import pytest
+
+from nbdserve.cli import create, qemu_nbd, serve
+from nbdserve.cli.options import serve_config
+from nbdserve.config import (
+    CACHE_MODES,
+    ExportConfig,
+    ImageConfig,
+    ListenConfig,
+    ServeConfig,
+)
+from nbdserve.errors import ConfigError
+
+
+def parse(command, *argv):
+    return command.make_context("nbdserve", list(argv)).params
+
+
+def serve_argv(*argv):
+    return serve_config(parse(serve.command, *argv, "disk"), persistent=True)
+
+
+def qemu_nbd_argv(*argv):
+    return qemu_nbd.config_of(parse(qemu_nbd.command, *argv, "disk"))
+
+
+def test_the_defaults_of_serve():
+    assert serve_argv() == ServeConfig(
+        image=ImageConfig("disk", discard="unmap"),
+        export=ExportConfig("", ""),
+        listen=ListenConfig("127.0.0.1", 10809, None),
+        max_clients=0,
+        persistent=True,
+        pid_file=None,
+        verbose=False,
+    )
+
+
+def test_the_defaults_of_qemu_nbd():
+    assert qemu_nbd_argv() == ServeConfig(
+        image=ImageConfig("disk", discard="ignore"),
+        export=ExportConfig("", ""),
+        listen=ListenConfig("0.0.0.0", 10809, None),
+        max_clients=1,
+        persistent=False,
+        pid_file=None,
+        verbose=False,
+    )
+
+
+# Option spellings, and the attribute of the configuration that they set to what.
+SPELLINGS = [
+    (["-p", "1"], "listen.port", 1),
+    (["-p1"], "listen.port", 1),
+    (["--port=1"], "listen.port", 1),
+    (["--port", "0"], "listen.port", 0),
+    (["-b", "::1"], "listen.host", "::1"),
+    (["--bind="], "listen.host", ""),
+    (["--bind", "h"], "listen.host", "h"),
+    (["-k", "/run/s"], "listen.unix_path", "/run/s"),
+    (["--socket=s"], "listen.unix_path", "s"),
+    (["-f", "raw"], "image.format", "raw"),
+    (["--format=qcow2"], "image.format", "qcow2"),
+    (["-r"], "image.read_only", True),
+    (["--read-only"], "image.read_only", True),
+    (["-x", ""], "export.name", ""),
+    (["-x", "a b"], "export.name", "a b"),
+    (["--export-name=n"], "export.name", "n"),
+    (["-D", "words"], "export.description", "words"),
+    (["--description="], "export.description", ""),
+    (["-e", "0"], "max_clients", 0),
+    (["-e5"], "max_clients", 5),
+    (["--shared=2"], "max_clients", 2),
+    (["-o", "512"], "image.offset", 512),
+    (["-o", "0x200"], "image.offset", 512),
+    (["--offset=1M"], "image.offset", 1 << 20),
+    (["--cache=writeback"], "image.cache", CACHE_MODES["writeback"]),
+    (["--cache", "writethrough"], "image.cache", CACHE_MODES["writethrough"]),
+    (["--cache=unsafe"], "image.cache", CACHE_MODES["unsafe"]),
+    (["--discard=ignore"], "image.discard", "ignore"),
+    (["--discard=off"], "image.discard", "ignore"),
+    (["--discard=unmap"], "image.discard", "unmap"),
+    (["--discard", "on"], "image.discard", "unmap"),
+    (["--detect-zeroes=off"], "image.detect_zeroes", "off"),
+    (["--detect-zeroes=on"], "image.detect_zeroes", "on"),
+    (["--detect-zeroes=unmap", "--discard=on"], "image.detect_zeroes", "unmap"),
+    (["--pid-file=/run/p"], "pid_file", "/run/p"),
+    (["-v"], "verbose", True),
+    (["--verbose"], "verbose", True),
+]
+
+
+@pytest.mark.parametrize("read", [serve_argv, qemu_nbd_argv])
+@pytest.mark.parametrize(("argv", "attribute", "value"), SPELLINGS)
+def test_every_spelling(read, argv, attribute, value):
+    found = read(*argv)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+@pytest.mark.parametrize("argv", [["-t"], ["--persistent"]])
+def test_qemu_nbd_can_persist(argv):
+    assert qemu_nbd_argv(*argv).persistent
+
+
+@pytest.mark.parametrize("command", [serve.command, qemu_nbd.command])
+@pytest.mark.parametrize(("argv", "fork"), [([], False), (["--fork"], True)])
+def test_fork(command, argv, fork):
+    assert parse(command, *argv, "disk")["fork"] is fork
+
+
+def test_options_may_follow_the_image():
+    assert parse(serve.command, "disk", "-r")["read_only"]
+
+
+@pytest.mark.parametrize("mode", ["none", "directsync"])
+def test_o_direct_is_refused_by_name(mode):
+    with pytest.raises(ConfigError, match=f"--cache: {mode} needs O_DIRECT.*not supported yet"):
+        serve_argv(f"--cache={mode}")
+
+
+@pytest.mark.parametrize("flag", ["-n", "--nocache"])
+def test_nocache_means_cache_none(flag):
+    with pytest.raises(ConfigError, match="--cache: none needs O_DIRECT"):
+        qemu_nbd_argv(flag)
+
+
+@pytest.mark.parametrize(
+    ("names", "takes_value"), qemu_nbd.UNSUPPORTED, ids=lambda value: str(value)
+)
+def test_what_qemu_nbd_has_and_we_have_not_is_refused_by_name(names, takes_value):
+    for name in names:
+        argv = [name, "value"] if takes_value else [name]
+        with pytest.raises(ConfigError, match=f"{names[-1]} is not supported yet"):
+            qemu_nbd_argv(*argv)
+        with pytest.raises(ConfigError, match=f"{names[-1]} is not supported yet"):
+            parse(qemu_nbd.command, *argv)
+
+
+def test_every_option_of_qemu_nbd_is_known():
+    # From the usage text of qemu-nbd 7.2.
+    words = """-h --help -V --version -p --port -b --bind -k --socket -e --shared -t --persistent
+        -v --verbose -x --export-name -D --description -o --offset -A --allocation-depth
+        -B --bitmap -L --list --object --tls-creds --tls-authz -T --trace --fork --pid-file
+        --selinux-label -c --connect -d --disconnect -f --format -r --read-only -s --snapshot
+        -l --load-snapshot -n --nocache --cache --aio --discard --detect-zeroes --image-opts"""
+    context = click.Context(qemu_nbd.command)
+    known = {name for param in qemu_nbd.command.get_params(context) for name in param.opts}
+    assert set(words.split()) - known - {"-h", "--help"} == set()
+
+
+@pytest.mark.parametrize(
+    ("lists", "parameters"),
+    [
+        ((), {}),
+        (("cluster_size=64k",), {"cluster_size": 65536}),
+        (("cluster_size=512", "cluster_size=2M"), {"cluster_size": 2 << 20}),
+        (("compat=0.10",), {"version": 2}),
+        (("compat=1.1,refcount_bits=1",), {"version": 3, "refcount_bits": 1}),
+        (("compat=v2",), {"version": 2}),
+        (("lazy_refcounts",), {"lazy_refcounts": True}),
+        (("lazy_refcounts=off",), {"lazy_refcounts": False}),
+        (("lazy_refcounts=yes", "compression_type=zstd"),
+         {"lazy_refcounts": True, "compression_type": "zstd"}),
+    ],
+)  # fmt: skip
+def test_format_options(lists, parameters):
+    assert create.format_options(lists) == parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("foo=1", "'foo' is not a supported option"),
+        ("extended_l2=on", "'extended_l2' is not a supported option"),
+        ("", "'' is not a supported option"),
+        ("cluster_size=64k,", "'' is not a supported option"),
+        ("cluster_size=big", "-o cluster_size: 'big' is not a valid value"),
+        ("cluster_size", "-o cluster_size: 'on' is not a valid value"),
+        ("compat=1.0", "-o compat: '1.0' is not a valid value"),
+        ("refcount_bits=x", "-o refcount_bits: 'x' is not a valid value"),
+        ("lazy_refcounts=2", "-o lazy_refcounts: '2' is not a valid value"),
+        ("compat=1,,1", "-o compat: '1,1' is not a valid value"),
+    ],
+)
+def test_bad_format_options_are_named(text, said):
+    with pytest.raises(ConfigError, match=said):
+        create.format_options((text,))

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Installs the programs of others that the tests and the benchmarks work with: Debian packages.
+#
+# All there: says nothing and is quick, for every `make test` runs this.  Something missing:
+# installs it where it may (root, or sudo without a password); else says aloud what is missing
+# and which test files will skip tests.  With CI=true a missing peer is a failure: a run that
+# skips must not look like a run that passed.
+set -eu
+cd "$(dirname "$0")/.."
+. tools/apt.sh
+
+# The peer as tests name it in @pytest.mark.peer, and the package it comes from.
+PEERS="
+qemu-img        qemu-utils
+qemu-io         qemu-utils
+qemu-nbd        qemu-utils
+nbdkit          nbdkit
+nbdinfo         libnbd-bin
+nbdcopy         libnbd-bin
+python3-libnbd  python3-libnbd
+nbd-client      nbd-client
+fio             fio
+strace          strace
+losetup         mount
+"
+
+# nbd-client is in /usr/sbin, which is not on every user's PATH.
+PATH="$PATH:/usr/sbin:/sbin"
+
+present() {
+    case "$1" in
+        # A module of Debian's own Python, invisible to a virtual environment.
+        python3-libnbd) /usr/bin/python3 -I -c 'import nbd' 2>/dev/null ;;
+        *) command -v "$1" >/dev/null ;;
+    esac
+}
+
+missing() {  # prints "peer package" lines
+    local peer package
+    while read -r peer package; do
+        [ -z "$peer" ] || present "$peer" || echo "$peer $package"
+    done <<<"$PEERS"
+}
+
+lacking=$(missing)
+[ -n "$lacking" ] || exit 0
+
+# shellcheck disable=SC2046  # package names are words
+apt_install $(cut -d' ' -f2 <<<"$lacking" | sort -u) || true
+
+lacking=$(missing)
+[ -n "$lacking" ] || exit 0
+
+{
+    echo "*** Missing programs that tests and benchmarks use, and not installed:"
+    while read -r peer package; do
+        files=$(grep -rlE --include='test_*.py' "mark\.peer\([^)]*\"$peer\"" tests | sort | tr '\n' ' ')
+        echo "***   $peer (Debian: $package); skips tests in: ${files:-no file}"
+    done <<<"$lacking"
+    # shellcheck disable=SC2046
+    echo "*** To have them: sudo apt-get install" $(cut -d' ' -f2 <<<"$lacking" | sort -u)
+} >&2
+
+if [ "${CI:-}" = true ]; then
+    echo "*** CI=true: a missing program is a failure." >&2
+    exit 1
+fi
