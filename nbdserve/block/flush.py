@@ -23,7 +23,8 @@ __all__ = ["FlushGeneration", "FlushStatistics"]
 
 
 class FlushStatistics(NamedTuple):
-    """requested: calls; merged: calls that found nothing to do or were covered; done: flushes run."""
+    """requested: calls; merged: those that found nothing to do, or that another's flush covered;
+    done: flushes that were run and succeeded; failed: whether one failed, for good."""
 
     requested: int
     merged: int
@@ -34,7 +35,7 @@ class FlushStatistics(NamedTuple):
 class FlushGeneration:
     """The write and flush generations of one leaf."""
 
-    __slots__ = ("_done", "_error", "_requested", "_running", "flushed", "written")
+    __slots__ = ("_done", "_error", "_merged", "_requested", "_running", "flushed", "written")
 
     def __init__(self) -> None:
         self.written = 0
@@ -42,6 +43,7 @@ class FlushGeneration:
         self._running: trio.Event | None = None
         self._error: OSError | None = None
         self._requested = 0
+        self._merged = 0
         self._done = 0
 
     async def flush(self, flush_to_disk: Callable[[], Awaitable[None]]) -> None:
@@ -51,13 +53,16 @@ class FlushGeneration:
         """
         self._requested += 1
         target = self.written
+        ran = False
         while self.flushed < target or self._error is not None:
             if self._error is not None:
                 raise OSError(self._error.errno, self._error.strerror)
             if self._running is not None:
                 await self._running.wait()
                 continue
+            ran = True
             await self._flush_now(flush_to_disk)
+        self._merged += not ran
 
     async def _flush_now(self, flush_to_disk: Callable[[], Awaitable[None]]) -> None:
         generation = self.written
@@ -75,5 +80,5 @@ class FlushGeneration:
     def statistics(self) -> FlushStatistics:
         """Counters since the leaf was opened."""
         return FlushStatistics(
-            self._requested, self._requested - self._done, self._done, self._error is not None
+            self._requested, self._merged, self._done, self._error is not None
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf
 from nbdserve.block.units import align_up
@@ -35,11 +35,18 @@ __all__ = ["FileNode", "open_file"]
 
 RWF_NOWAIT = os.RWF_NOWAIT
 
-# QEMU's block layer counts a regular file in whole sectors; the rest of the last one reads as zeroes.
+# QEMU's block layer counts a regular file in whole sectors; the rest of the last reads as zeroes.
 SECTOR = 512
 
 # How a file system says that it cannot do that here: at all, or (EINVAL) not to this range.
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
+
+# The most buffers that one pwritev takes; it refuses more with EINVAL.
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+# Pieces in one block status answer: enough for the client's, and a file of a million holes shall
+# not keep the interpreter busy for a second.
+MAX_PIECES = 1024
 
 
 def open_file(
@@ -59,13 +66,11 @@ def open_file(
     except OSError as error:
         raise ImageError(f"{filename}: cannot open: {error.strerror}", error.errno) from None
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISBLK(mode):
-            length = syscalls.block_device_size(fd)
-        elif stat.S_ISREG(mode):
-            length = os.fstat(fd).st_size
-        else:
+        status = os.fstat(fd)
+        is_device = stat.S_ISBLK(status.st_mode)
+        if not is_device and not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{filename}: neither a regular file nor a block device")
+        length = syscalls.block_device_size(fd) if is_device else status.st_size
     except OSError as error:
         os.close(fd)
         raise ImageError(f"{filename}: cannot open: {error.strerror}", error.errno) from None
@@ -77,7 +82,7 @@ def open_file(
         fd,
         engine,
         length,
-        is_device=stat.S_ISBLK(mode),
+        is_device=is_device,
         read_only=read_only,
         no_flush=no_flush,
         discard=discard,
@@ -113,8 +118,14 @@ class FileNode(Leaf):
         self._would_block = 0
 
     def lock(self, permissions: Permission, shared: Permission) -> None:
-        """Take the image lock. Raises LockedError."""
+        """Take the image lock. Raises ImageError, LockedError.
+
+        Until now somebody else may have been writing: what is at the end is only known from here.
+        """
         self._lock.acquire(permissions, shared)
+        if not self.is_device:
+            self.length = os.fstat(self.fd).st_size
+            self.size = align_up(self.length, SECTOR)
 
     # --- the synchronous way -------------------------------------------------------------------
 
@@ -180,7 +191,7 @@ class FileNode(Leaf):
     def submit_read(
         self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
     ) -> None:
-        def completed(_result: Any, error: BaseException | None) -> None:
+        def completed(_result: object, error: BaseException | None) -> None:
             if error is None or isinstance(error, OSError):
                 done(error)
             else:
@@ -195,18 +206,23 @@ class FileNode(Leaf):
         await self.writev(offset, (data,))
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
-        await self._engine.run(write_all, self.fd, data, offset)
-        self._wrote(offset + sum(map(len, data)))
+        length = sum(map(len, data))
+        if length:
+            await self._engine.run(write_all, self.fd, data, offset)
+            self._wrote(offset + length)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
+        if not length:
+            return
         unmap = may_unmap and self._discard
-        if self._zero_modes[unmap]:
+        # Where a device has no command for zeroes the kernel would write them, and not tell.
+        may_be_slow = self.is_device and not unmap
+        if self._zero_modes[unmap] and (fallback or not may_be_slow):
+            zero = syscalls.zero_range
             try:
-                await self._engine.run(
-                    syscalls.zero_range, self.fd, offset, length, unmap, self.is_device
-                )
+                await self._engine.run(zero, self.fd, offset, length, unmap, self.is_device)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
@@ -250,15 +266,12 @@ class FileNode(Leaf):
     async def _fdatasync(self) -> None:
         await self._engine.run(os.fdatasync, self.fd)
 
-    async def truncate(self, length: int) -> None:
-        """Set the length of a regular file."""
-        await self._engine.run(os.ftruncate, self.fd, length)
-        self.length = length
-        self.size = align_up(length, SECTOR)
-
     async def close(self) -> None:
-        self._lock.release()
-        os.close(self.fd)
+        """Flush what nobody flushed, as bdrv_close does; then close, which drops the lock."""
+        try:
+            await self.flush()
+        finally:
+            os.close(self.fd)
 
     def statistics(self) -> dict[str, object]:
         return {
@@ -283,7 +296,7 @@ def write_all(fd: int, data: Sequence[Buffer], offset: int) -> None:
     """Write all buffers one after the other from `offset`; may wait."""
     pending = [memoryview(piece) for piece in data if len(piece)]
     while pending:
-        done = os.pwritev(fd, pending, offset)
+        done = os.pwritev(fd, pending[:IOV_MAX], offset)
         offset += done
         while pending and done >= len(pending[0]):
             done -= len(pending[0])
@@ -293,25 +306,35 @@ def write_all(fd: int, data: Sequence[Buffer], offset: int) -> None:
 
 
 def seek_extents(fd: int, offset: int, length: int) -> list[Extent]:
-    """The data and holes of a range by SEEK_DATA and SEEK_HOLE; past the end is a hole."""
-    extents = []
+    """The data and holes of a range by SEEK_DATA and SEEK_HOLE; past the end is a hole.
+
+    At most MAX_PIECES pieces, so perhaps only the start of the range. A file system that cannot
+    tell has data everywhere.
+    """
+    extents: list[Extent] = []
     end = offset + length
-    while offset < end:
+    while offset < end and len(extents) < MAX_PIECES:
         try:
-            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
+            data = _seek(fd, offset, os.SEEK_DATA, end)
+            # A discard may come between the two: then the data is no longer there.
+            hole = _seek(fd, data, os.SEEK_HOLE, end) if data < end else end
         except OSError as error:
-            if error.errno == errno.ENXIO:  # no data after offset
-                data = end
-            elif error.errno in UNSUPPORTED:
+            if error.errno in UNSUPPORTED:
                 return [Extent(length, data=True, zero=False)]
-            else:
-                raise
+            raise
         if data > offset:
             extents.append(Extent(data - offset, data=False, zero=True))
-        if data < end:
-            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        if hole > data:
             extents.append(Extent(hole - data, data=True, zero=False))
-            offset = hole
-        else:
-            offset = end
+        offset = hole
     return extents
+
+
+def _seek(fd: int, offset: int, whence: int, end: int) -> int:
+    """Where data or a hole begins from `offset` on; `end` if not before that."""
+    try:
+        return min(os.lseek(fd, offset, whence), end)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # there is no more data; or no more file
+            return end
+        raise

@@ -13,6 +13,7 @@ task is cancelled, it waits for it, because the buffer is not ours to reuse befo
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from contextlib import contextmanager
@@ -57,9 +58,14 @@ class ThreadsEngine:
         self._threads: list[threading.Thread] = []
         self._token = trio.lowlevel.current_trio_token()
         self._plugged: list[Job] | None = None
+        self._all_done = trio.lowlevel.ParkingLot()
         self._jobs = 0
         self._batches = 0
         self._in_flight = 0
+        # One thread suffices to get everything done: after this, running short of threads later
+        # costs speed but fails no request.
+        if not self._start_thread():
+            raise OSError(errno.EAGAIN, "cannot start a thread")
 
     @contextmanager
     def plug(self) -> Iterator[None]:
@@ -113,17 +119,24 @@ class ThreadsEngine:
         for start in range(0, len(jobs), share):
             self._queue.put(jobs[start : start + share])
         wanted = min(self._in_flight, self._max_threads)
-        while len(self._threads) < wanted:
-            thread = threading.Thread(target=self._work, name="nbdserve-io", daemon=True)
-            self._threads.append(thread)
+        while len(self._threads) < wanted and self._start_thread():
+            pass
+
+    def _start_thread(self) -> bool:
+        thread = threading.Thread(target=self._work, name="nbdserve-io", daemon=True)
+        try:
             thread.start()
+        except RuntimeError:  # the system's limit of threads or processes is reached
+            return False
+        self._threads.append(thread)
+        return True
 
     def _work(self) -> None:
         while (jobs := self._queue.get()) is not None:
             for function, args, done in jobs:
                 try:
                     self._completed.append((done, function(*args), None))
-                except BaseException as error:  # noqa: BLE001 - handed to the waiter, whatever it is
+                except BaseException as error:  # handed to the waiter, whatever it is
                     self._completed.append((done, None, error))
             try:
                 self._token.run_sync_soon(self._drain, idempotent=True)
@@ -136,9 +149,20 @@ class ThreadsEngine:
             done, result, error = completed.popleft()
             self._in_flight -= 1
             done(result, error)
+        if not self._in_flight:
+            self._all_done.unpark_all()
+
+    async def idle(self) -> None:
+        """Wait until every job has completed, those too that no task waits for.
+
+        Before this a descriptor that jobs use must not be closed: its number may be another
+        file's by the time the job runs.
+        """
+        while self._in_flight:
+            await self._all_done.park()
 
     def close(self) -> None:
-        """End the threads; nothing may be in flight."""
+        """End the threads; nothing may be in flight (see `idle`)."""
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:

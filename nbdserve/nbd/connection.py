@@ -33,8 +33,17 @@ from nbdserve.nbd.proto import (
     STRUCTURED_REPLY_MAGIC,
     Command,
     ReplyType,
+    TransmissionFlag,
 )
-from nbdserve.nbd.requests import ProtocolError, Request, RequestBuffer
+from nbdserve.nbd.requests import (
+    PLAIN_READ,
+    PLAIN_WRITE,
+    ProtocolError,
+    Request,
+    RequestBuffer,
+    command_of,
+    flags_of,
+)
 from nbdserve.nbd.validate import Validator
 from nbdserve.nbd.wire import OFFSET_DATA_CHUNK, SIMPLE_REPLY
 
@@ -165,6 +174,8 @@ class Connection:
         self._backend = session.export.backend
         self._validate = Validator.of(session).validate
         self._structured = session.structured_replies
+        self._size = session.size
+        self._writable = TransmissionFlag.READ_ONLY not in session.flags
         self._buffer = RequestBuffer()
         self._requests: list[Request] = []  # parsed; those from _next on are not executed yet
         self._next = 0
@@ -173,6 +184,7 @@ class Connection:
         self._unsent: deque[memoryview] = deque()  # what the socket had no room for, in order
         self._in_flight = 0
         self._bytes = 0
+        self._received = False
         self._wanted = READABLE
         self._ended = trio.Event()
         self._idle = trio.Event()
@@ -214,8 +226,11 @@ class Connection:
             self._wanted = events
             self._poller.want(self._sock.fileno(), events)
 
-    def _on_event(self) -> None:
-        """The socket is ready for what was wanted. Never raises."""
+    def _on_event(self) -> bool:
+        """The socket is ready for what was wanted, or may be. Never raises.
+
+        True: something was done, there may be more to do at once.
+        """
         try:
             if self._unsent:
                 self._send_unsent()
@@ -225,7 +240,7 @@ class Connection:
                 self._want(0)
                 self._idle.set()
             else:
-                self._step()
+                return self._step()
         except ProtocolError as error:
             self._end(str(error))
         except OSError as error:
@@ -234,28 +249,31 @@ class Connection:
             # A bug of ours; the other clients shall not suffer from it.
             self._log.exception("internal error")
             self._lost(OSError(errno.EIO, f"internal error: {error!r}"))
+        return False
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         """One batch: of requests left over, else of bytes at hand, else of what the socket has."""
         if self._full():
             self._want(0)  # _finish wakes us
-            return
+            return False
         if self._next >= len(self._requests):
             self._requests = self._buffer.parse(BATCH) or self._receive()
             self._next = 0
+            if not self._requests:
+                self._want(READABLE)
+                return self._received
         self._execute()
         if self._unsent:
             self._want(WRITABLE)
-        elif not self._ended.is_set():
-            self._want(READABLE)
-            if self._next < len(self._requests) or len(self._requests) == BATCH:
-                self._poller.again(self._on_event)
+        return not self._unsent and not self._ended.is_set()
 
     def _receive(self) -> list[Request]:
+        self._received = False
         try:
             received = self._sock.recv_into(self._buffer.room())
         except BlockingIOError:
             return []
+        self._received = True
         if not received:
             # It may have closed its sending half only and still be waiting for replies.
             self._end("the client closed the connection")
@@ -270,39 +288,40 @@ class Connection:
         """The hot loop: execute the parsed requests in order, their replies side by side."""
         requests, position = self._requests, self._next
         out, view, fill = self._out, self._out_view, 0
-        structured = self._structured
-        head = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
-        validate = self._validate
+        structured, size, writable = self._structured, self._size, self._writable
+        head_size = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        longest = HOLES_FROM - 1 if structured else MAX_INLINE
         read_nowait, write_nowait = self._backend.read_nowait, self._backend.write_nowait
         while position < len(requests):
             request = requests[position]
-            flags, command, cookie, offset, length, payload = request
+            head, cookie, offset, length, payload = request
             position += 1
             try:
-                if flags or validate(flags, command, offset, length) or not length:
-                    fill = self._special(request, fill)
-                elif command == READ and length <= MAX_INLINE:
-                    if structured and length >= HOLES_FROM:
-                        fill = self._read_sparse(request, fill)
+                if head == PLAIN_READ and 0 < length <= longest and offset + length <= size:
+                    start = fill + head_size
+                    miss = read_nowait(offset, view[start : start + length])
+                    if miss is not None:
+                        self._later(request, miss)
                     else:
-                        start = fill + head
-                        miss = read_nowait(offset, view[start : start + length])
-                        if miss is not None:
-                            self._later(request, miss)
+                        if structured:
+                            _pack_data_chunk(
+                                out, fill, STRUCTURED_REPLY_MAGIC, DONE, OFFSET_DATA,
+                                cookie, length + 8, offset,
+                            )  # fmt: skip
                         else:
-                            if structured:
-                                _pack_data_chunk(
-                                    out, fill, STRUCTURED_REPLY_MAGIC, DONE, OFFSET_DATA,
-                                    cookie, length + 8, offset,
-                                )  # fmt: skip
-                            else:
-                                _pack_simple(out, fill, SIMPLE_REPLY_MAGIC, 0, cookie)
-                            fill = start + length
-                elif command == WRITE and write_nowait(offset, payload) is None:  # type: ignore[arg-type]
+                            _pack_simple(out, fill, SIMPLE_REPLY_MAGIC, 0, cookie)
+                        fill = start + length
+                elif (
+                    head == PLAIN_WRITE
+                    and writable
+                    and 0 < length
+                    and offset + length <= size
+                    and write_nowait(offset, payload) is None  # type: ignore[arg-type]
+                ):
                     _pack_simple(out, fill, SIMPLE_REPLY_MAGIC, 0, cookie)
                     fill += 16
                 else:
-                    self._later(request)
+                    fill = self._special(request, fill)
             except OSError as error:
                 fill = self._put(fill, self._failure(request, error))
             if fill >= SEND_AT:
@@ -320,23 +339,26 @@ class Connection:
         return end
 
     def _special(self, request: Request, fill: int) -> int:
-        """A request with flags, without length, or refused."""
-        flags, command, cookie, offset, length, _ = request
+        """A request that is not a plain read or write, or one that the fast way did not do."""
+        head, cookie, offset, length, _ = request
+        command = command_of(head)
         if command == DISC:
             self._end("the client disconnected")
             return fill
-        error = self._validate(flags, command, offset, length)
+        error = self._validate(flags_of(head), command, offset, length)
         if error:
             message = f"{_name(command)} of {length} bytes at {offset} refused"
             self._log.debug("%s: %d", message, error)
             reply = replies.error_reply(cookie, error, message, structured=self._structured)
             return self._put(fill, reply)
+        if head == PLAIN_READ and HOLES_FROM <= length <= MAX_INLINE and self._structured:
+            return self._read_sparse(request, fill)
         self._later(request)
         return fill
 
     def _read_sparse(self, request: Request, fill: int) -> int:
         """A long read: a chunk for each piece of data or zeroes."""
-        _, _, cookie, offset, length, _ = request
+        _, cookie, offset, length, _ = request
         pieces = self._backend.map_nowait(offset, length)
         if pieces is None or len(pieces) > MAX_PIECES:
             self._later(request)
@@ -365,7 +387,8 @@ class Connection:
 
     def _later(self, request: Request, miss: Miss | None = None) -> None:
         """Start what cannot be answered at once."""
-        flags, command, cookie, offset, length, payload = request
+        head, cookie, offset, length, payload = request
+        command = command_of(head)
         self._in_flight += 1
         self._poller.busy += 1
         nb_bytes = length if command in (READ, WRITE) else 0
@@ -378,10 +401,10 @@ class Connection:
                 data = bytes(payload)
             else:
                 self._buffer.pin()
-        self._backend.nursery.start_soon(self._run_late, request[:5], data)
+        self._backend.nursery.start_soon(self._run_late, head, cookie, offset, length, data)
 
     def _queue_read(self, request: Request) -> bool:
-        _, _, cookie, offset, length, _ = request
+        _, cookie, offset, length, _ = request
         data = bytearray(length)
 
         def done(error: OSError | None) -> None:
@@ -394,26 +417,30 @@ class Connection:
         return self._backend.submit_read(offset, memoryview(data), done)
 
     async def _run_late(
-        self, request: tuple[int, int, int, int, int], payload: memoryview | bytes | None
+        self, head: int, cookie: int, offset: int, length: int, payload: memoryview | bytes | None
     ) -> None:
-        flags, command, cookie, offset, length = request
+        command = command_of(head)
+        request: Request = (head, cookie, offset, length, None)
         reply: list[bytes | bytearray] = []
         try:
-            reply = await HANDLERS[command](self._session, flags, cookie, offset, length, payload)
+            reply = await HANDLERS[command](
+                self._session, flags_of(head), cookie, offset, length, payload
+            )
         except OSError as error:
-            reply = [self._failure((*request, None), error)]
+            reply = [self._failure(request, error)]
         except Exception as error:
             self._log.exception("internal error in %s", _name(command))
-            reply = [self._failure((*request, None), OSError(errno.EIO, f"internal: {error!r}"))]
+            reply = [self._failure(request, OSError(errno.EIO, f"internal error: {error!r}"))]
         finally:
             self._finish(length if command in (READ, WRITE) else 0, reply)
 
     def _failure(self, request: Request, error: OSError) -> bytes:
         """The reply to a request that failed; the whole error goes to the log before it is
         narrowed to an NBD error value."""
-        _, command, cookie, offset, length, _ = request
+        head, cookie, offset, length, _ = request
         reason = error.strerror or str(error)
-        self._log.warning("%s of %d bytes at %d: %s", _name(command), length, offset, reason)
+        name = _name(command_of(head))
+        self._log.warning("%s of %d bytes at %d: %s", name, length, offset, reason)
         return replies.error_reply(
             cookie, replies.nbd_error(error.errno), reason, structured=self._structured
         )

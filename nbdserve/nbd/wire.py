@@ -16,6 +16,9 @@ from struct import Struct
 REQUEST = Struct(">IHHQQI")
 """magic, flags, type, cookie, offset, length"""
 
+REQUEST_HEAD = Struct(">QQQI")
+"""The same bytes with magic, flags and type as one number: a plain READ is one comparison"""
+
 SIMPLE_REPLY = Struct(">IIQ")
 """magic, error, cookie"""
 
