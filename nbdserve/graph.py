@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig
 
-__all__ = ["FORMATS", "open_backend", "open_tree"]
+__all__ = ["FORMATS", "open_backend"]
 
 log = logging.getLogger("nbdserve.graph")
 
@@ -43,59 +44,47 @@ FORMATS = ("qcow2", "raw")
 # QEMU has no limit and fails on its stack at some thousands.
 MAX_CHAIN = 200
 
+# A colon before any slash: what stands before it names a protocol driver (path_has_protocol). The
+# name behind "file:" is taken as it is, not relative to the overlay.
+PROTOCOL = re.compile("(?P<name>[^/:]*):")
+
 
 @asynccontextmanager
 async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
     """The image of a configuration, open for the body.
 
     Leaving flushes and closes it. Raises ImageError, ConfigError, OSError; an image that is
-    refused has not been written to.
+    refused has not been written to. What the body raises comes in an exception group, as from any
+    nursery.
     """
     if config.cache.direct:
         raise ConfigError(f"--cache={config.cache.name} needs O_DIRECT, which is not built yet")
     engine = ThreadsEngine()
-    try:
-        async with trio.open_nursery() as nursery:
-            async with open_tree(config, engine, nursery) as backend:
-                yield backend
-            nursery.cancel_scope.cancel()
-    finally:
-        engine.close()
-
-
-@asynccontextmanager
-async def open_tree(
-    config: ImageConfig, engine: ThreadsEngine, nursery: trio.Nursery
-) -> AsyncIterator[BlockBackend]:
-    """As `open_backend`, in a nursery of the caller's."""
     opener = _Opener(config, engine)
     try:
-        root = await opener.open_image(config.filename, config.format, config.read_only, [])
-        if config.offset:
-            if config.offset > root.size:
-                raise ConfigError(
-                    f"--offset: {config.offset} is beyond the end of {config.filename}"
-                    f" ({root.size} bytes)"
-                )
-            root = RawNode(root, offset=config.offset)
-            opener.opened.append(root)
-        for node in opener.opened:
-            if isinstance(node, Qcow2Node) and not node.read_only:
-                nursery.start_soon(node.settle)
-        # Requests that are still running when the body is left are cut off before nodes close.
-        async with trio.open_nursery() as requests:
+        root = await opener.open_root()
+        # What is still running when the body is left, requests and the nodes' own tasks, is cut
+        # off before nodes close.
+        async with trio.open_nursery() as nursery:
+            for node in opener.opened:
+                if isinstance(node, Qcow2Node) and not node.read_only:
+                    nursery.start_soon(node.settle)
             yield BlockBackend(
                 root,
                 opener.epochs,
-                requests,
+                nursery,
                 write_cache=config.cache.writeback,
                 detect_zeroes=config.detect_zeroes,
                 discard=config.discard == "unmap",
             )
-            requests.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await opener.close()
+            try:
+                await engine.idle()  # reads that were submitted, which no task waits for
+                await opener.close()
+            finally:
+                engine.close()
 
 
 class _Opener:
@@ -106,11 +95,35 @@ class _Opener:
         self.opened: list[Node] = []
         self._config = config
         self._engine = engine
+        self._overlay_named = False
 
-    async def open_image(
+    async def open_root(self) -> Node:
+        """Open what the configuration names. Raises ImageError, ConfigError."""
+        config = self._config
+        root = await self._open_image(config.filename, config.format, config.read_only, [])
+        if not config.offset:
+            return root
+        if config.offset > root.size:
+            raise ConfigError(
+                f"--offset: {config.offset} is beyond the end of {config.filename}"
+                f" ({root.size} bytes)"
+            )
+        window = RawNode(root, offset=config.offset)
+        self.opened.append(window)
+        return window
+
+    async def _open_image(
         self, filename: str, image_format: str | None, read_only: bool, chain: list[FileNode]
     ) -> Node:
         """Open one image with its backing files; `chain`: the files above it."""
+        try:
+            return await self._open_nodes(filename, image_format, read_only, chain)
+        except OSError as error:
+            raise ImageError(f"{filename}: {error.strerror}", error.errno) from None
+
+    async def _open_nodes(
+        self, filename: str, image_format: str | None, read_only: bool, chain: list[FileNode]
+    ) -> Node:
         file = open_file(
             filename,
             self._engine,
@@ -166,14 +179,22 @@ class _Opener:
         self, name: str, image_format: str | None, chain: list[FileNode]
     ) -> Node:
         overlay = chain[-1].filename
-        if name.startswith("json:") or "://" in name or name.startswith("nbd:"):
+        protocol = PROTOCOL.match(name)
+        if protocol is None:
+            filename = os.path.join(os.path.dirname(overlay), name)
+        elif protocol["name"] == "file":
+            filename = name[protocol.end() :]
+        else:
             raise ImageError(f"{overlay}: the backing file {name!r} is not a plain file name")
-        filename = os.path.join(os.path.dirname(overlay), name.removeprefix("file:"))
         if len(chain) > MAX_CHAIN:
             raise ImageError(f"{overlay}: the backing chain is longer than {MAX_CHAIN} images")
         try:
-            return await self.open_image(filename, image_format, True, chain)
+            return await self._open_image(filename, image_format, True, chain)
         except NbdserveError as error:
+            # The image that names the bad one is told, and not all those above it too.
+            if self._overlay_named:
+                raise
+            self._overlay_named = True
             raise type(error)(f"{overlay}: backing file {error}", error.errno) from None
 
     def _check_loop(self, file: FileNode, chain: list[FileNode]) -> None:
@@ -183,11 +204,11 @@ class _Opener:
 
     async def close(self) -> None:
         """Close all, the root first. The first error is raised after everything was closed."""
-        first_error: OSError | None = None
+        first_error: Exception | None = None
         while self.opened:
             try:
                 await self.opened.pop().close()
-            except OSError as error:
+            except Exception as error:  # a bug in one node shall not leave the others open
                 first_error = first_error or error
         if first_error is not None:
             raise first_error

@@ -58,6 +58,10 @@ ACCEPT_PAUSE = 0.1
 The client stays in the queue and the socket readable: without a pause the loop would spin.
 """
 
+UNIX_SEND_BUFFER = 1 << 20
+"""Bytes; the kernel grants up to net.core.wmem_max. With its default of 208 KiB a reply of 256 KiB
+takes two turns, which costs a fifth of the throughput. TCP tunes its buffers itself."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Those that end qemu-nbd in order."""
 
@@ -177,7 +181,9 @@ class _Server:
                 log.warning("cannot accept a client: %s", error.strerror)
                 await trio.sleep(ACCEPT_PAUSE)
                 continue
-            if listener.family != socket.AF_UNIX:
+            if listener.family == socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
+            else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setblocking(False)

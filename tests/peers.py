@@ -32,6 +32,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 URI = re.compile(r"\bnbds?(?:\+unix)?://\S+")
+GREETING = b"NBDMAGIC"
 READY_SECONDS = 15.0  # far above what a start takes, so that a loaded machine fails no test
 STOP_SECONDS = 30.0  # an orderly stop may have data to flush
 POLL_SECONDS = 0.005
@@ -105,8 +106,15 @@ def qemu_img_check(image: PathLike, *, format: str = "qcow2") -> None:
 
 
 def qemu_img_compare(one: PathLike, other: PathLike) -> None:
-    """Raise `PeerFailed` unless both (images or URIs) hold the same bytes and size."""
-    qemu_img("compare", "-s", one, other)
+    """Raise `PeerFailed` unless both (images or URIs) hold the same bytes and size.
+
+    Where they have holes may differ, so it is not the strict mode that compares them; without
+    that a size that differs, by zeroes, is but a warning on stdout.
+    """
+    command = ["qemu-img", "compare", os.fspath(one), os.fspath(other)]
+    done = run(*command)
+    if done.stdout != "Images are identical.\n":
+        raise PeerFailed(_told(command, 0, done.stdout, done.stderr))
 
 
 def libnbd(script: str, *arguments: PathLike) -> str:
@@ -114,15 +122,16 @@ def libnbd(script: str, *arguments: PathLike) -> str:
     return run(SYSTEM_PYTHON, "-I", "-c", script, *arguments).stdout
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Server:
-    """A server that accepts clients on a unix socket."""
+    """A server that accepts clients.  `socket_path` is where, if on a unix socket."""
 
     uri: str
     socket_path: pathlib.Path
     process: "subprocess.Popen[bytes]"
     _stdout: pathlib.Path
     _stderr: pathlib.Path
+    _killed: bool = False
 
     def stdout(self) -> str:
         """What it has written to stdout so far."""
@@ -132,11 +141,20 @@ class Server:
         """What it has written to stderr so far."""
         return self._stderr.read_text(errors="replace")
 
+    def kill(self) -> None:
+        """End it by SIGKILL: it gets no chance to do anything about it."""
+        self.process.kill()
+        self.process.wait()
+        self._killed = True
+
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
         """Ask it to stop and wait for its end, unless it has ended already.
 
-        Raises `PeerFailed` unless it exits with 0 within `STOP_SECONDS` and without a traceback.
+        Raises `PeerFailed` unless it exits with 0 within `STOP_SECONDS` and without a traceback,
+        or was ended by `kill`.
         """
+        if self._killed:
+            return
         if self.process.poll() is None:
             self.process.send_signal(signum)
         argv = [str(word) for word in self.process.args]  # type: ignore[union-attr]
@@ -151,11 +169,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(image: PathLike, *options: str, command: str = "serve") -> Iterator[Server]:
-    """Our server as a process of its own, on a unix socket.
+def served(image: PathLike, *options: str, command: str = "serve", bind: str | None = None
+           ) -> Iterator[Server]:
+    """Our server as a process of its own: on a unix socket, or on a free port of address `bind`.
 
     Ready means what it means to a user: `serve` has the URI on stdout; `command="qemu-nbd"`,
-    which prints nothing, accepts a connection.  Afterwards it is stopped by SIGTERM; what must
+    which prints nothing, greets a client.  Afterwards it is stopped by SIGTERM; what must
     hold then `Server.stop` says, and it is checked when the body succeeded.
     """
     def ready(server: Server) -> str | None:
@@ -163,10 +182,10 @@ def served(image: PathLike, *options: str, command: str = "serve") -> Iterator[S
         return said and said[0]
 
     def argv(socket_path: pathlib.Path) -> list[str]:
-        return [sys.executable, "-m", "nbdserve", command, "-k", str(socket_path),
-                *options, os.fspath(image)]
+        where = ["-k", str(socket_path)] if bind is None else ["-b", bind, "-p", "0"]
+        return [sys.executable, "-m", "nbdserve", command, *where, *options, os.fspath(image)]
 
-    with _running(argv, ready if command == "serve" else _accepts) as server:
+    with _running(argv, ready if command == "serve" else _greets) as server:
         yield server
 
 
@@ -177,7 +196,7 @@ def qemu_nbd(image: PathLike, *options: str, format: str = "qcow2") -> Iterator[
         return ["qemu-nbd", "-k", str(socket_path), "--persistent", "--shared=0",
                 "-f", format, *options, os.fspath(image)]
 
-    with _running(argv, _accepts) as server:
+    with _running(argv, _greets) as server:
         yield server
 
 
@@ -187,18 +206,24 @@ def nbdkit(*arguments: str) -> Iterator[Server]:
     def argv(socket_path: pathlib.Path) -> list[str]:
         return ["nbdkit", "--foreground", "--unix", str(socket_path), *arguments]
 
-    with _running(argv, _accepts) as server:
+    with _running(argv, _greets) as server:
         yield server
 
 
-def _accepts(server: Server) -> str | None:
-    """Ready as seen from outside, for servers that say nothing: a connection succeeds."""
+def _greets(server: Server) -> str | None:
+    """Ready as seen from outside, for servers that say nothing: a client gets the greeting.
+
+    That a connection succeeds says less: qemu-nbd listens before it opens the image, and
+    accepts afterwards.  A server that gives up meanwhile closes the connection.
+    """
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(READY_SECONDS)
         try:
             probe.connect(str(server.socket_path))
+            greeting = probe.recv(len(GREETING), socket.MSG_WAITALL)
         except OSError:
             return None
-    return server.uri
+    return server.uri if greeting == GREETING else None
 
 
 @contextlib.contextmanager
@@ -226,7 +251,8 @@ def _running(
                 if time.monotonic() > deadline:
                     raise PeerFailed(f"{shlex.join(argv)}: not ready after {READY_SECONDS} s")
                 time.sleep(POLL_SECONDS)
-            yield dataclasses.replace(server, uri=uri)
+            server.uri = uri
+            yield server
             server.stop()
         finally:
             if process.poll() is None:

@@ -58,8 +58,9 @@ class FakeConnection:
     """Speaks lines. "go" reaches transmission, "bug" raises, "hold" has a request in flight that
     ends at shutdown, "hang" one that never does; end of file or "bye" ends the connection."""
 
-    def __init__(self, world, sock, exports, *, log):
-        self.sock, self.exports = sock, exports
+    def __init__(self, world, sock, exports, poller, *, log):
+        assert sock.gettimeout() == 0
+        self.sock, self.exports = trio.socket.from_stdlib_socket(sock), exports
         self.negotiated = False
         self.asked = trio.Event()
         self.reading = None
@@ -71,26 +72,25 @@ class FakeConnection:
             self.reading.cancel()
 
     async def run(self):
-        with self.sock:
-            await self.sock.send(b"hello\n")
-            while not self.asked.is_set():
-                line = b""
-                with trio.CancelScope() as self.reading:
-                    line = await self.sock.recv(100)
-                match line.strip():
-                    case b"go":
-                        self.negotiated = True
-                        await self.sock.send(b"ok\n")
-                    case b"bug":
-                        raise RuntimeError("a bug")
-                    case b"hold":
-                        await self.asked.wait()
-                        await trio.sleep(0.05)
-                        await self.sock.send(b"done\n")
-                    case b"hang":
-                        await trio.sleep_forever()
-                    case _:
-                        return
+        await self.sock.send(b"hello\n")
+        while not self.asked.is_set():
+            line = b""
+            with trio.CancelScope() as self.reading:
+                line = await self.sock.recv(100)
+            match line.strip():
+                case b"go":
+                    self.negotiated = True
+                    await self.sock.send(b"ok\n")
+                case b"bug":
+                    raise RuntimeError("a bug")
+                case b"hold":
+                    await self.asked.wait()
+                    await trio.sleep(0.05)
+                    await self.sock.send(b"done\n")
+                case b"hang":
+                    await trio.sleep_forever()
+                case _:
+                    return
 
 
 @pytest.fixture

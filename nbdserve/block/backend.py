@@ -123,7 +123,11 @@ class BlockBackend:
             self._epochs.leave(epoch)
             done(error)
 
-        leaf.submit_read(host_offset, buffer, completed)  # type: ignore[union-attr]
+        try:
+            leaf.submit_read(host_offset, buffer, completed)  # type: ignore[union-attr]
+        except BaseException:
+            self._epochs.leave(epoch)
+            raise
         return True
 
     def write_nowait(self, offset: int, data: Buffer) -> Miss | None:

@@ -28,7 +28,7 @@ __all__ = ["MAX_INLINE", "Buffer", "Extent", "Leaf", "Node"]
 
 Buffer = bytes | bytearray | memoryview
 
-# The most that one synchronous call may copy, in bytes: about 0.2 ms, during which nobody else runs.
+# The most that one synchronous call may copy, in bytes: about 0.2 ms in which nobody else runs.
 MAX_INLINE = 1 << 20
 
 
@@ -48,7 +48,9 @@ class Extent(NamedTuple):
 class Node:
     """A node with `children`; the defaults are those of a node that hides what lies below it."""
 
-    def __init__(self, filename: str, size: int, *, read_only: bool, no_flush: bool = False) -> None:
+    def __init__(
+        self, filename: str, size: int, *, read_only: bool, no_flush: bool = False
+    ) -> None:
         self.filename = filename
         self.size = size
         self.read_only = read_only
@@ -136,7 +138,7 @@ class Node:
         """Called when a whole flush has succeeded: what waited for durability may go on."""
 
     async def close(self) -> None:
-        """Release what the node holds; the graph has flushed it and closes children afterwards."""
+        """Flush what the node still holds back and release it; children are closed afterwards."""
 
     def statistics(self) -> dict[str, object]:
         """Counters since the node was opened, by name."""
@@ -146,7 +148,9 @@ class Node:
 class Leaf(Node):
     """A node that runs point to. Host offsets may lie past the end: that reads as zeroes."""
 
-    def __init__(self, filename: str, size: int, *, read_only: bool, no_flush: bool = False) -> None:
+    def __init__(
+        self, filename: str, size: int, *, read_only: bool, no_flush: bool = False
+    ) -> None:
         super().__init__(filename, size, read_only=read_only, no_flush=no_flush)
         self.generation = FlushGeneration()
 

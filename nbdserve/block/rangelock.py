@@ -28,7 +28,7 @@ class RangeLock:
     """Ranges [first, last], both inclusive."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[int, int, trio.Event]] = []  # held or waiting, in order of arrival
+        self._entries: list[tuple[int, int, trio.Event]] = []  # held or waiting, the oldest first
 
     def is_free(self, first: int, last: int) -> bool:
         """Whether nobody who holds a range or waits for one overlaps [first, last]."""

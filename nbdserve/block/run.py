@@ -35,7 +35,7 @@ class Miss(enum.Enum):
     """Why a range does not resolve; each reason is counted in the backend's statistics."""
 
     NOT_CACHED = "a table that maps the range is not in memory"
-    NEEDS_ALLOC = "a cluster must be allocated, and nothing of its old content is to be kept but zeroes"
+    NEEDS_ALLOC = "a cluster must be allocated, and its old content is at most zeroes"
     NEEDS_COW = "a cluster must be allocated and old content copied into it"
     COMPRESSED = "the data is compressed"
     BUSY = "another request is changing the mapping of the range"

@@ -64,7 +64,7 @@ def open_file(
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(filename, flags)
     except OSError as error:
-        raise ImageError(f"{filename}: cannot open: {error.strerror}", error.errno) from None
+        raise ImageError(f"{filename}: {error.strerror}", error.errno) from None
     try:
         status = os.fstat(fd)
         is_device = stat.S_ISBLK(status.st_mode)
@@ -73,7 +73,7 @@ def open_file(
         length = syscalls.block_device_size(fd) if is_device else status.st_size
     except OSError as error:
         os.close(fd)
-        raise ImageError(f"{filename}: cannot open: {error.strerror}", error.errno) from None
+        raise ImageError(f"{filename}: {error.strerror}", error.errno) from None
     except ImageError:
         os.close(fd)
         raise
@@ -217,19 +217,9 @@ class FileNode(Leaf):
         if not length:
             return
         unmap = may_unmap and self._discard
-        # Where a device has no command for zeroes the kernel would write them, and not tell.
-        may_be_slow = self.is_device and not unmap
-        if self._zero_modes[unmap] and (fallback or not may_be_slow):
-            zero = syscalls.zero_range
-            try:
-                await self._engine.run(zero, self.fd, offset, length, unmap, self.is_device)
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
-                self._zero_modes[unmap] = error.errno == errno.EINVAL
-            else:
-                self._wrote(offset + length)
-                return
+        if await self._zero_range(offset, length, unmap, may_be_slow=fallback):
+            self._wrote(offset + length)
+            return
         if not fallback:
             raise OSError(errno.EOPNOTSUPP, f"{self.filename}: no fast way to write zeroes")
         zeroes = bytes(min(length, MAX_INLINE))
@@ -238,6 +228,29 @@ class FileNode(Leaf):
             piece = min(len(zeroes), end - offset)
             await self.write(offset, memoryview(zeroes)[:piece])
             offset += piece
+
+    async def _zero_range(
+        self, offset: int, length: int, unmap: bool, *, may_be_slow: bool
+    ) -> bool:
+        """Make a range zeroes without writing them; False if that cannot be done."""
+        # For a device without a command for it the kernel writes the zeroes itself and does not
+        # tell; only a hole is refused then.
+        slow = self.is_device and not may_be_slow
+        if not self._zero_modes[unmap] or (slow and not unmap):
+            return False
+        try:
+            if slow:
+                await self._engine.run(syscalls.punch_hole, self.fd, offset, length)
+            else:
+                await self._engine.run(
+                    syscalls.zero_range, self.fd, offset, length, unmap, self.is_device
+                )
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            self._zero_modes[unmap] = slow or error.errno == errno.EINVAL
+            return False
+        return True
 
     async def discard(self, offset: int, length: int) -> None:
         if not self._discard:
@@ -267,11 +280,14 @@ class FileNode(Leaf):
         await self._engine.run(os.fdatasync, self.fd)
 
     async def close(self) -> None:
-        """Flush what nobody flushed, as bdrv_close does; then close, which drops the lock."""
+        """Flush what nobody flushed, as bdrv_close does, and let go of the file."""
         try:
             await self.flush()
         finally:
-            os.close(self.fd)
+            try:
+                self._lock.release()
+            finally:
+                os.close(self.fd)
 
     def statistics(self) -> dict[str, object]:
         return {

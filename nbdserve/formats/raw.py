@@ -6,6 +6,9 @@ through to the child's leaves. Also the window that `--offset` opens on any imag
 An image whose format nobody named and that was taken for raw is dangerous: a guest that writes
 another format's header into its first sector has it opened as that format next time, and could
 name any host file as its backing file. Such writes are refused (`guarded`; raw_co_pwritev of QEMU).
+What counts is the sector as it would become, not the bytes written: two harmless writes can make up
+a signature, and so can zeroes (some signatures hold a zero byte). Hence whatever changes the first
+sector is checked and done under one lock, and a discard of a part of it is not passed on.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+import trio
+
 from nbdserve.block.node import Buffer, Extent, Node
-from nbdserve.block.run import Miss, Op, Resolution
+from nbdserve.block.run import WRITE, Miss
 from nbdserve.formats.probe import PROBE_SIZE, looks_like_format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from nbdserve.block.run import Op, Resolution
 
 __all__ = ["RawNode"]
 
@@ -33,6 +40,7 @@ class RawNode(Node):
         self._file = file
         self._offset = offset
         self._guarded = guarded
+        self._first_sector = trio.Lock()
 
     @property
     def children(self) -> Mapping[str, Node]:
@@ -43,7 +51,7 @@ class RawNode(Node):
         return self._file.cluster_size
 
     def resolve(self, op: Op, offset: int, length: int) -> Resolution:
-        if self._guarded and op is Op.WRITE and offset < PROBE_SIZE:
+        if self._guarded and op is WRITE and offset < PROBE_SIZE:
             return Miss.OPAQUE
         return self._file.resolve(op, offset + self._offset, length)
 
@@ -54,11 +62,15 @@ class RawNode(Node):
         await self._file.read(offset + self._offset, buffer)
 
     async def write(self, offset: int, data: Buffer) -> None:
-        if self._guarded and offset < PROBE_SIZE:
+        if not self._guarded or offset >= PROBE_SIZE:
+            await self._file.write(offset + self._offset, data)
+            return
+        async with self._first_sector:
             await self._check_first_sector(offset, data)
-        await self._file.write(offset + self._offset, data)
+            await self._file.write(offset + self._offset, data)
 
     async def _check_first_sector(self, offset: int, data: Buffer) -> None:
+        """Raise OSError(EPERM) if `data` would make the image look like one in another format."""
         sector = bytearray(min(PROBE_SIZE, self.size))
         await self._file.read(self._offset, memoryview(sector))
         piece = memoryview(data)[: len(sector) - offset]
@@ -74,12 +86,23 @@ class RawNode(Node):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
-        await self._file.write_zeroes(
-            offset + self._offset, length, may_unmap=may_unmap, fallback=fallback
-        )
+        start = offset + self._offset
+        if not self._guarded or offset >= PROBE_SIZE:
+            await self._file.write_zeroes(start, length, may_unmap=may_unmap, fallback=fallback)
+            return
+        async with self._first_sector:
+            await self._check_first_sector(offset, bytes(min(length, PROBE_SIZE)))
+            await self._file.write_zeroes(start, length, may_unmap=may_unmap, fallback=fallback)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._file.discard(offset + self._offset, length)
+        if not self._guarded or offset >= PROBE_SIZE:
+            await self._file.discard(offset + self._offset, length)
+            return
+        end = offset + length
+        start = 0 if offset == 0 and end >= PROBE_SIZE else PROBE_SIZE
+        if start < end:
+            async with self._first_sector:
+                await self._file.discard(start + self._offset, end - start)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return await self._file.block_status(offset + self._offset, length)

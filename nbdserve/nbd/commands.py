@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from nbdserve.nbd.options import Transmission
 
     Reply = list[bytes | bytearray]
-    Handler = Callable[[Transmission, int, int, int, int, memoryview | bytes | None], Awaitable[Reply]]
+    Payload = memoryview | bytes | None
+    Handler = Callable[[Transmission, int, int, int, int, Payload], Awaitable[Reply]]
 
 __all__ = ["HANDLERS", "HOLES_FROM", "hole_chunk", "read_reply_head"]
 
@@ -102,7 +103,7 @@ async def _write(
     cookie: int,
     offset: int,
     _length: int,
-    payload: memoryview | bytes | None,
+    payload: Payload,
 ) -> Reply:
     assert payload is not None
     await _backend(session).write(offset, payload, fua=bool(flags & FUA))

@@ -1,32 +1,28 @@
 """One client: handshake, then batches of requests until it leaves.
 
-The only module of the front end that does I/O. The handshake is an ordinary coroutine. In
-transmission the poller calls `_on_event`, which is synchronous: receive, parse all complete
-requests, execute each, send all replies. A request that can be answered at once costs no task, no
-await and no object of its own; its reply is packed into the one outgoing buffer. Everything else
-goes one of two ways, and its reply is sent when it comes ("late"), in any order:
+The handshake is an ordinary coroutine. In transmission the poller calls `_on_event`, which is
+synchronous: receive, parse all complete requests, execute each, send all replies. A request that
+can be answered at once costs no task, no await and no object of its own; its reply is packed into
+the one outgoing buffer. Everything else is late (nbd/late.py), and its reply is sent when it comes,
+in any order.
 
-* a read that only waits for the disk is queued with its leaf and answered by a callback;
-* the rest runs as a task in the backend's nursery, so that a client that goes away cancels nothing.
-
-Law of memory: at most `MAX_IN_FLIGHT` late requests and about `MAX_BYTES` of theirs exist for a
-connection, and while a client does not read its replies nothing more is received from it.
+Law: while a client does not read its replies, or has too many late requests, nothing more is
+received from it. A client that sends nonsense, or vanishes, ends its own connection and no other.
 """
 
 from __future__ import annotations
 
 import errno
-from collections import deque
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import trio
 
 from nbdserve.block.node import MAX_INLINE
-from nbdserve.block.run import Miss
 from nbdserve.nbd import replies
-from nbdserve.nbd.commands import HANDLERS, HOLES_FROM, hole_chunk, read_reply_head
+from nbdserve.nbd.commands import HOLES_FROM, hole_chunk, read_reply_head
 from nbdserve.nbd.handshake import Handshake, Transmission
+from nbdserve.nbd.late import LateRequests
+from nbdserve.nbd.outbox import Outbox
 from nbdserve.nbd.poller import READABLE, WRITABLE
 from nbdserve.nbd.proto import (
     SIMPLE_REPLY_MAGIC,
@@ -41,6 +37,7 @@ from nbdserve.nbd.requests import (
     ProtocolError,
     Request,
     RequestBuffer,
+    command_name,
     command_of,
     flags_of,
 )
@@ -52,6 +49,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
+    from nbdserve.block.run import Miss
     from nbdserve.nbd.export import Export
     from nbdserve.nbd.poller import Poller
 
@@ -60,13 +58,11 @@ __all__ = ["Connection"]
 # Seconds a client may take to negotiate; as QEMU since 9.1 (NBD_DEFAULT_HANDSHAKE_MAX_SECS).
 HANDSHAKE_TIMEOUT = 10.0
 
+# Bytes received at a time in the handshake; fit into an empty RequestBuffer.
+HANDSHAKE_RECEIVE = 1 << 16
+
 # Requests taken from one connection before another has its turn.
 BATCH = 128
-
-# Requests of one connection that wait for something, and their bytes. QEMU allows 16 (each costs it
-# a coroutine's stack); deep queues on cold disks want more.
-MAX_IN_FLIGHT = 128
-MAX_BYTES = 64 << 20
 
 # Replies are sent when that many bytes have come together: what the client's cache still holds.
 SEND_AT = 256 << 10
@@ -75,14 +71,9 @@ SEND_AT = 256 << 10
 MAX_PIECES = 256
 CHUNK_ROOM = MAX_PIECES * 32 + 4096
 
-# Buffers for one sendmsg (the kernel's UIO_MAXIOV is 1024).
-MAX_IOV = 64
-
 # A payload below this is copied if its request must wait; a larger one keeps its receive buffer.
 COPY_BELOW = 64 << 10
 
-READ = int(Command.READ)
-WRITE = int(Command.WRITE)
 DISC = int(Command.DISC)
 DONE = replies.DONE
 OFFSET_DATA = int(ReplyType.OFFSET_DATA)
@@ -110,6 +101,9 @@ class Connection:
         self._poller = poller
         self._log = log
         self._stopping = False
+        self._lost = False
+        self._ended = trio.Event()
+        self._idle = trio.Event()
         self._handshake_scope = trio.CancelScope()
 
     def shutdown(self) -> None:
@@ -136,6 +130,7 @@ class Connection:
             await self._ended.wait()
             await self._drain()
         finally:
+            self._lost = True
             self._poller.unregister(self._sock.fileno())
 
     async def _negotiate(self) -> tuple[Transmission | None, bytes]:
@@ -146,7 +141,7 @@ class Connection:
                 while handshake.outcome is None:
                     await trio.lowlevel.wait_readable(self._sock)
                     try:
-                        data = self._sock.recv(1 << 16)
+                        data = self._sock.recv(HANDSHAKE_RECEIVE)
                     except BlockingIOError:
                         continue
                     if not data:
@@ -170,7 +165,6 @@ class Connection:
     # --- transmission --------------------------------------------------------------------------
 
     def _begin(self, session: Transmission) -> None:
-        self._session = session
         self._backend = session.export.backend
         self._validate = Validator.of(session).validate
         self._structured = session.structured_replies
@@ -181,23 +175,17 @@ class Connection:
         self._next = 0
         self._out = bytearray(SEND_AT + MAX_INLINE + CHUNK_ROOM)
         self._out_view = memoryview(self._out)
-        self._unsent: deque[memoryview] = deque()  # what the socket had no room for, in order
-        self._in_flight = 0
-        self._bytes = 0
-        self._received = False
+        self._outbox = Outbox(self._sock)
+        self._late = LateRequests(session, self._poller, self._send_late, self._log)
         self._wanted = READABLE
-        self._ended = trio.Event()
-        self._idle = trio.Event()
+        self._received = False
 
     def _take(self, data: bytes) -> None:
         """Requests that arrived together with the last option."""
-        while data and not self._ended.is_set():
-            room = self._buffer.room()
-            piece = data[: len(room)]
-            room[: len(piece)] = piece
-            self._buffer.received(len(piece))
-            data = data[len(piece) :]
-            self._on_event()
+        if data:
+            self._buffer.room()[: len(data)] = data
+            self._buffer.received(len(data))
+            self._want(READABLE | WRITABLE)  # writable at once: start with what is there
 
     def _end(self, reason: str) -> None:
         """No more requests; `run` waits for those in flight and their replies."""
@@ -206,18 +194,16 @@ class Connection:
             self._ended.set()
             self._requests = []
 
-    def _lost(self, error: OSError) -> None:
+    def _lose(self, error: OSError) -> None:
         """The socket is dead: replies are dropped, requests in flight go on."""
         self._end(f"the connection was lost: {error.strerror or error}")
-        self._unsent.clear()
-        self._sendable = False
+        self._outbox.drop()
+        self._lost = True
         self._idle.set()
 
-    _sendable = True
-
     async def _drain(self) -> None:
-        while self._in_flight or self._unsent:
-            self._want(WRITABLE if self._unsent else 0)
+        while self._late.in_flight or self._outbox.pending:
+            self._want(WRITABLE if self._outbox.pending else 0)
             self._idle = trio.Event()
             await self._idle.wait()
 
@@ -232,9 +218,9 @@ class Connection:
         True: something was done, there may be more to do at once.
         """
         try:
-            if self._unsent:
-                self._send_unsent()
-            if self._unsent:
+            if self._outbox.pending:
+                self._outbox.resume()
+            if self._outbox.pending:
                 self._want(WRITABLE)
             elif self._ended.is_set():
                 self._want(0)
@@ -244,17 +230,17 @@ class Connection:
         except ProtocolError as error:
             self._end(str(error))
         except OSError as error:
-            self._lost(error)
+            self._lose(error)
         except Exception as error:
             # A bug of ours; the other clients shall not suffer from it.
             self._log.exception("internal error")
-            self._lost(OSError(errno.EIO, f"internal error: {error!r}"))
+            self._lose(OSError(errno.EIO, f"internal error: {error!r}"))
         return False
 
     def _step(self) -> bool:
         """One batch: of requests left over, else of bytes at hand, else of what the socket has."""
-        if self._full():
-            self._want(0)  # _finish wakes us
+        if self._late.full:
+            self._want(0)  # _send_late wakes us
             return False
         if self._next >= len(self._requests):
             self._requests = self._buffer.parse(BATCH) or self._receive()
@@ -263,9 +249,9 @@ class Connection:
                 self._want(READABLE)
                 return self._received
         self._execute()
-        if self._unsent:
+        if self._outbox.pending:
             self._want(WRITABLE)
-        return not self._unsent and not self._ended.is_set()
+        return not self._outbox.pending and not self._ended.is_set()
 
     def _receive(self) -> list[Request]:
         self._received = False
@@ -281,9 +267,6 @@ class Connection:
         self._buffer.received(received)
         return self._buffer.parse(BATCH)
 
-    def _full(self) -> bool:
-        return self._in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_BYTES
-
     def _execute(self) -> None:
         """The hot loop: execute the parsed requests in order, their replies side by side."""
         requests, position = self._requests, self._next
@@ -292,6 +275,7 @@ class Connection:
         head_size = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
         longest = HOLES_FROM - 1 if structured else MAX_INLINE
         read_nowait, write_nowait = self._backend.read_nowait, self._backend.write_nowait
+        outbox, late = self._outbox, self._late
         while position < len(requests):
             request = requests[position]
             head, cookie, offset, length, payload = request
@@ -301,7 +285,7 @@ class Connection:
                     start = fill + head_size
                     miss = read_nowait(offset, view[start : start + length])
                     if miss is not None:
-                        self._later(request, miss)
+                        self._start_late(request, miss)
                     else:
                         if structured:
                             _pack_data_chunk(
@@ -314,7 +298,7 @@ class Connection:
                 elif (
                     head == PLAIN_WRITE
                     and writable
-                    and 0 < length
+                    and length > 0
                     and offset + length <= size
                     and write_nowait(offset, payload) is None  # type: ignore[arg-type]
                 ):
@@ -323,15 +307,15 @@ class Connection:
                 else:
                     fill = self._special(request, fill)
             except OSError as error:
-                fill = self._put(fill, self._failure(request, error))
+                fill = self._put(fill, self._late.failure(request, error))
             if fill >= SEND_AT:
-                self._send(view[:fill])
+                self._outbox.send(view[:fill])
                 fill = 0
-            if self._unsent or self._in_flight >= MAX_IN_FLIGHT or self._ended.is_set():
+            if outbox.pending or late.full or self._ended.is_set():
                 break
         self._next = position
         if fill:
-            self._send(view[:fill])
+            self._outbox.send(view[:fill])
 
     def _put(self, fill: int, reply: bytes) -> int:
         end = fill + len(reply)
@@ -347,13 +331,13 @@ class Connection:
             return fill
         error = self._validate(flags_of(head), command, offset, length)
         if error:
-            message = f"{_name(command)} of {length} bytes at {offset} refused"
+            message = f"{command_name(request)} of {length} bytes at {offset} refused"
             self._log.debug("%s: %d", message, error)
             reply = replies.error_reply(cookie, error, message, structured=self._structured)
             return self._put(fill, reply)
         if head == PLAIN_READ and HOLES_FROM <= length <= MAX_INLINE and self._structured:
             return self._read_sparse(request, fill)
-        self._later(request)
+        self._start_late(request)
         return fill
 
     def _read_sparse(self, request: Request, fill: int) -> int:
@@ -361,7 +345,7 @@ class Connection:
         _, cookie, offset, length, _ = request
         pieces = self._backend.map_nowait(offset, length)
         if pieces is None or len(pieces) > MAX_PIECES:
-            self._later(request)
+            self._start_late(request)
             return fill
         end = offset + length
         position = fill
@@ -377,7 +361,7 @@ class Connection:
                     offset, self._out_view[position : position + nb_bytes]
                 )
                 if miss is not None:
-                    self._later(request, miss)
+                    self._start_late(request, miss)
                     return fill
                 position += nb_bytes
             offset += nb_bytes
@@ -385,126 +369,28 @@ class Connection:
 
     # --- late requests -------------------------------------------------------------------------
 
-    def _later(self, request: Request, miss: Miss | None = None) -> None:
-        """Start what cannot be answered at once."""
-        head, cookie, offset, length, payload = request
-        command = command_of(head)
-        self._in_flight += 1
-        self._poller.busy += 1
-        nb_bytes = length if command in (READ, WRITE) else 0
-        self._bytes += nb_bytes
-        if miss is Miss.WOULD_BLOCK and self._queue_read(request):
-            return
+    def _start_late(self, request: Request, miss: Miss | None = None) -> None:
+        payload = request[4]
         data: memoryview | bytes | None = payload
         if payload is not None:
-            if length < COPY_BELOW:
+            if len(payload) < COPY_BELOW:
                 data = bytes(payload)
             else:
                 self._buffer.pin()
-        self._backend.nursery.start_soon(self._run_late, head, cookie, offset, length, data)
+        self._late.start(request, data, miss)
 
-    def _queue_read(self, request: Request) -> bool:
-        _, cookie, offset, length, _ = request
-        data = bytearray(length)
-
-        def done(error: OSError | None) -> None:
-            if error is not None:
-                self._finish(length, [self._failure(request, error)])
-            else:
-                head = read_reply_head(cookie, offset, length, structured=self._structured)
-                self._finish(length, [head, data])
-
-        return self._backend.submit_read(offset, memoryview(data), done)
-
-    async def _run_late(
-        self, head: int, cookie: int, offset: int, length: int, payload: memoryview | bytes | None
-    ) -> None:
-        command = command_of(head)
-        request: Request = (head, cookie, offset, length, None)
-        reply: list[bytes | bytearray] = []
-        try:
-            reply = await HANDLERS[command](
-                self._session, flags_of(head), cookie, offset, length, payload
-            )
-        except OSError as error:
-            reply = [self._failure(request, error)]
-        except Exception as error:
-            self._log.exception("internal error in %s", _name(command))
-            reply = [self._failure(request, OSError(errno.EIO, f"internal error: {error!r}"))]
-        finally:
-            self._finish(length if command in (READ, WRITE) else 0, reply)
-
-    def _failure(self, request: Request, error: OSError) -> bytes:
-        """The reply to a request that failed; the whole error goes to the log before it is
-        narrowed to an NBD error value."""
-        head, cookie, offset, length, _ = request
-        reason = error.strerror or str(error)
-        name = _name(command_of(head))
-        self._log.warning("%s of %d bytes at %d: %s", name, length, offset, reason)
-        return replies.error_reply(
-            cookie, replies.nbd_error(error.errno), reason, structured=self._structured
-        )
-
-    def _finish(self, nb_bytes: int, reply: list[bytes | bytearray]) -> None:
+    def _send_late(self, reply: list[bytes | bytearray]) -> None:
         """A late request is done. Never raises."""
-        was_full = self._full()
-        self._in_flight -= 1
-        self._bytes -= nb_bytes
-        self._poller.busy -= 1
-        if reply and self._sendable:
-            try:
-                self._send(*[memoryview(buffer) for buffer in reply])
-            except OSError as error:
-                self._lost(error)
-        if self._ended.is_set():
+        if self._lost:
             self._idle.set()
-        elif self._unsent:
-            self._want(WRITABLE)
-        elif was_full:
-            self._want(READABLE | WRITABLE)  # writable at once: go on with what was left over
-
-    # --- sending -------------------------------------------------------------------------------
-
-    def _send(self, *buffers: memoryview) -> None:
-        """Send now what the socket takes, keep the rest. Raises the OSError of a dead socket.
-
-        The outgoing buffer may be among `buffers`: it is not filled again before all is sent.
-        """
-        if self._unsent:
-            self._unsent.extend(buffers)
             return
         try:
-            if len(buffers) == 1:
-                sent = self._sock.send(buffers[0])
-            else:
-                sent = self._sock.sendmsg(buffers)
-        except BlockingIOError:
-            sent = 0
-        self._keep(buffers, sent)
-
-    def _keep(self, buffers: Sequence[memoryview], sent: int) -> None:
-        for buffer in buffers:
-            if sent >= len(buffer):
-                sent -= len(buffer)
-            else:
-                self._unsent.append(buffer[sent:])
-                sent = 0
-
-    def _send_unsent(self) -> None:
-        buffers = list(islice(self._unsent, MAX_IOV))
-        for _ in buffers:
-            self._unsent.popleft()
-        try:
-            sent = self._sock.sendmsg(buffers)
-        except BlockingIOError:
-            sent = 0
-        rest, self._unsent = self._unsent, deque()
-        self._keep(buffers, sent)
-        self._unsent.extend(rest)
-
-
-def _name(command: int) -> str:
-    try:
-        return Command(command).name
-    except ValueError:
-        return f"command {command}"
+            self._outbox.send_all(reply)
+        except OSError as error:
+            self._lose(error)
+        if self._ended.is_set():
+            self._idle.set()
+        elif self._outbox.pending:
+            self._want(WRITABLE)
+        elif self._wanted == 0:
+            self._want(READABLE | WRITABLE)  # writable at once: go on with what was left over

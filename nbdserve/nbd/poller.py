@@ -49,21 +49,35 @@ class Poller:
         self.busy = 0
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], bool]] = {}
+        self._watched: set[int] = set()
 
     def register(self, fd: int, handler: Callable[[], bool]) -> None:
         """Call `handler` whenever `fd` is readable. It may not raise; True asks for another call
         soon, whether `fd` is ready or not."""
         self._handlers[fd] = handler
         self._epoll.register(fd, READABLE)
+        self._watched.add(fd)
 
     def want(self, fd: int, events: int) -> None:
-        """What `handler` is called for from now on: READABLE, WRITABLE, both, or 0."""
-        self._epoll.modify(fd, events)
+        """What `handler` is called for from now on: READABLE, WRITABLE, both, or 0.
+
+        With 0 the epoll must not know of it: it would report a hangup for ever.
+        """
+        if not events:
+            self._watched.discard(fd)
+            self._epoll.unregister(fd)
+        elif fd in self._watched:
+            self._epoll.modify(fd, events)
+        else:
+            self._watched.add(fd)
+            self._epoll.register(fd, events)
 
     def unregister(self, fd: int) -> None:
         """Before the descriptor is closed."""
         del self._handlers[fd]
-        self._epoll.unregister(fd)
+        if fd in self._watched:
+            self._watched.discard(fd)
+            self._epoll.unregister(fd)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -67,8 +67,10 @@ def error_reply(cookie: int, error: int, message: str, *, structured: bool) -> b
     if not structured:
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
     text = message.encode(errors="replace")[:MAX_MESSAGE]
+    text = text.decode(errors="ignore").encode()  # a character that was cut in two goes
+    length = ERROR_HEAD.size + len(text)
     return (
-        CHUNK.pack(STRUCTURED_REPLY_MAGIC, DONE, ReplyType.ERROR, cookie, ERROR_HEAD.size + len(text))
+        CHUNK.pack(STRUCTURED_REPLY_MAGIC, DONE, ReplyType.ERROR, cookie, length)
         + ERROR_HEAD.pack(error, len(text))
         + text
     )

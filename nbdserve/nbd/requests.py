@@ -6,7 +6,8 @@ all complete requests of a `recv` at once: one call per batch, no object per req
 
 A request that does not fit gets a buffer of its own size for as long as it takes to receive it.
 Bad magic, or a payload longer than we announced, raises ProtocolError: the stream cannot be
-followed any further (NBD protocol, "Request message").
+followed any further (NBD protocol, "Request message"). What came before is returned first, so that
+it does not depend on how the bytes were split which requests are seen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "ProtocolError",
     "Request",
     "RequestBuffer",
+    "command_name",
     "command_of",
     "flags_of",
 ]
@@ -38,6 +40,7 @@ CAPACITY = 1 << 20
 
 HEADER_SIZE = REQUEST_HEAD.size
 _WRITE = int(Command.WRITE)
+_NAMES = {int(command): command.name for command in Command}
 _unpack_from = REQUEST_HEAD.unpack_from
 
 
@@ -49,6 +52,12 @@ def flags_of(head: int) -> int:
 def command_of(head: int) -> int:
     """The request type."""
     return head & 0xFFFF
+
+
+def command_name(request: Request) -> str:
+    """For messages."""
+    command = command_of(request[0])
+    return _NAMES.get(command, f"command {command}")
 
 
 class ProtocolError(Exception):
@@ -80,10 +89,14 @@ class RequestBuffer:
         self._pinned = True
 
     def parse(self, limit: int) -> list[Request]:
-        """The complete requests at hand, at most `limit` of them. Raises ProtocolError."""
+        """The complete requests at hand, at most `limit` of them.
+
+        Raises ProtocolError where no request can follow, after all before it have been returned.
+        """
         view, start, end = self._view, self._start, self._end
         requests: list[Request] = []
         needed = HEADER_SIZE
+        broken = ""
         while end - start >= HEADER_SIZE and len(requests) < limit:
             head, cookie, offset, length = _unpack_from(view, start)
             if head == PLAIN_READ:
@@ -91,11 +104,13 @@ class RequestBuffer:
                 requests.append((head, cookie, offset, length, None))
                 continue
             if head >> 32 != REQUEST_MAGIC:
-                raise ProtocolError(f"bad request magic {head >> 32:#x}")
+                broken = f"bad request magic {head >> 32:#x}"
+                break
             payload = None
             if head & 0xFFFF == _WRITE:
                 if length > MAXIMUM_PAYLOAD:
-                    raise ProtocolError(f"WRITE of {length} bytes is over {MAXIMUM_PAYLOAD}")
+                    broken = f"WRITE of {length} bytes is over {MAXIMUM_PAYLOAD}"
+                    break
                 needed = HEADER_SIZE + length
                 if end - start < needed:
                     break
@@ -103,6 +118,8 @@ class RequestBuffer:
             requests.append((head, cookie, offset, length, payload))
             start += needed
             needed = HEADER_SIZE
+        if broken and not requests:
+            raise ProtocolError(broken)
         self._start, self._needed = start, needed
         if start == end and not self._pinned:
             self._start = self._end = 0

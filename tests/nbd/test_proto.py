@@ -233,6 +233,9 @@ TWINS = {
     ),
 }
 
+# Twins that are only part of a declaration, or split it otherwise: test_parts_are_equal.
+PARTS = {wire.REQUEST_HEAD, wire.ERROR_HEAD, wire.BLOCK_STATUS_HEAD, wire.EXTENT}
+
 
 @pytest.mark.parametrize(("layout", "twin", "magic", "fields"), TWINS.values(), ids=TWINS)
 @given(data=st.data())
@@ -246,7 +249,33 @@ def test_twins_are_equal(layout, twin, magic, fields, data):
     assert [parsed[name] for name in values] == list(values.values())
 
 
+@given(flags=U16, number=U16, cookie=U64, offset=U64, length=U32, message=st.binary(max_size=9))
+def test_parts_are_equal(flags, number, cookie, offset, length, message):
+    fields = {"flags": flags, "type": number, "cookie": cookie, "offset": offset, "length": length}
+    head = proto.REQUEST_MAGIC << 32 | flags << 16 | number
+    assert wire.REQUEST_HEAD.pack(head, cookie, offset, length) == proto.REQUEST.build(fields)
+
+    extent = {"length": length, "status": flags}
+    assert wire.EXTENT.pack(length, flags) == proto.EXTENT.build(extent)
+
+    fields = {"flags": 1, "type": number, "cookie": cookie}
+    chunk = proto.BLOCK_STATUS_CHUNK.build(
+        fields | {"length": 12, "context_id": length, "extents": [extent]}
+    )
+    assert chunk == (
+        wire.CHUNK.pack(proto.STRUCTURED_REPLY_MAGIC, 1, number, cookie, 12)
+        + wire.BLOCK_STATUS_HEAD.pack(length)
+        + wire.EXTENT.pack(length, flags)
+    )
+    error = fields | {"length": 6 + len(message), "error": length, "message": message}
+    assert proto.ERROR_CHUNK.build(error) == (
+        wire.CHUNK.pack(proto.STRUCTURED_REPLY_MAGIC, 1, number, cookie, 6 + len(message))
+        + wire.ERROR_HEAD.pack(length, len(message))
+        + message
+    )
+
+
 def test_every_twin_is_tested():
-    assert {twin for _, twin, _, _ in TWINS.values()} == {
+    assert {twin for _, twin, _, _ in TWINS.values()} | PARTS == {
         value for value in vars(wire).values() if isinstance(value, struct.Struct)
     }

@@ -1,0 +1,126 @@
+"""Late requests: those that cannot be answered at once, from start to reply.
+
+A read that only waits for the disk is queued with its leaf and answered by a callback. Everything
+else runs as a task in the backend's nursery (nbd/commands.py), so that a client that goes away
+cancels nothing of it, least of all of an allocation that others wait for.
+
+Law of memory: `full` says when a connection must take no further request. It bounds the number and
+the bytes of what is under way; one request over the bound may always be.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from nbdserve.block.run import Miss
+from nbdserve.nbd import replies
+from nbdserve.nbd.commands import HANDLERS, read_reply_head
+from nbdserve.nbd.proto import Command
+from nbdserve.nbd.requests import Request, command_name, command_of, flags_of
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable
+
+    from nbdserve.nbd.options import Transmission
+    from nbdserve.nbd.poller import Poller
+
+__all__ = ["LateRequests"]
+
+# Requests of one connection that wait for something, and their bytes. QEMU allows 16 (each costs it
+# a coroutine's stack); deep queues on cold disks want more.
+MAX_IN_FLIGHT = 128
+MAX_BYTES = 64 << 20
+
+CARRY_DATA = frozenset({int(Command.READ), int(Command.WRITE)})
+
+
+class LateRequests:
+    """Those of one connection. `on_reply(buffers)` is called for each as it is done."""
+
+    def __init__(
+        self,
+        session: Transmission,
+        poller: Poller,
+        on_reply: Callable[[list[bytes | bytearray]], None],
+        log: logging.Logger,
+    ) -> None:
+        """`poller`: is told how many requests need the other tasks to run."""
+        self.in_flight = 0
+        self.full = False  # an attribute, not a property: looked at for each request
+        self._bytes = 0
+        self._session = session
+        self._backend = session.export.backend
+        self._structured = session.structured_replies
+        self._poller = poller
+        self._on_reply = on_reply
+        self._log = log
+
+    def _count(self, requests: int, nb_bytes: int) -> None:
+        self.in_flight += requests
+        self._poller.busy += requests
+        self._bytes += nb_bytes
+        self.full = self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_BYTES
+
+    def start(self, request: Request, data: memoryview | bytes | None, miss: Miss | None) -> None:
+        """Start a request that was validated. `data`: a WRITE's payload, ours until the reply."""
+        self._count(1, _nb_bytes(request))
+        try:
+            if miss is Miss.WOULD_BLOCK and data is None and self._queue_read(request):
+                return
+        except Exception as error:
+            self._finish(request, [self._failed(request, error)])
+            return
+        self._backend.nursery.start_soon(self._run, request, data)
+
+    def _queue_read(self, request: Request) -> bool:
+        _, cookie, offset, length, _ = request
+        data = bytearray(length)
+
+        def done(error: OSError | None) -> None:
+            if error is not None:
+                self._finish(request, [self.failure(request, error)])
+            else:
+                head = read_reply_head(cookie, offset, length, structured=self._structured)
+                self._finish(request, [head, data])
+
+        return self._backend.submit_read(offset, memoryview(data), done)
+
+    async def _run(self, request: Request, data: memoryview | bytes | None) -> None:
+        head, cookie, offset, length, _ = request
+        reply: list[bytes | bytearray] = []
+        try:
+            reply = await HANDLERS[command_of(head)](
+                self._session, flags_of(head), cookie, offset, length, data
+            )
+        except Exception as error:
+            reply = [self._failed(request, error)]
+        finally:
+            self._finish(request, reply)
+
+    def _finish(self, request: Request, reply: list[bytes | bytearray]) -> None:
+        self._count(-1, -_nb_bytes(request))
+        self._on_reply(reply)
+
+    def _failed(self, request: Request, error: Exception) -> bytes:
+        if not isinstance(error, OSError):
+            # A bug of ours; the client gets an answer all the same.
+            self._log.error("internal error in %s", command_name(request), exc_info=error)
+            error = OSError(errno.EIO, f"internal error: {error!r}")
+        return self.failure(request, error)
+
+    def failure(self, request: Request, error: OSError) -> bytes:
+        """The reply to a request that failed; the whole error goes to the log before it is
+        narrowed to an NBD error value."""
+        _, cookie, offset, length, _ = request
+        reason = error.strerror or str(error)
+        name = command_name(request)
+        self._log.warning("%s of %d bytes at %d: %s", name, length, offset, reason)
+        return replies.error_reply(
+            cookie, replies.nbd_error(error.errno), reason, structured=self._structured
+        )
+
+
+def _nb_bytes(request: Request) -> int:
+    return request[3] if command_of(request[0]) in CARRY_DATA else 0
