@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,7 +22,7 @@ import trio
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.drivers.file import FileNode, open_file
-from nbdserve.drivers.locks import PERMISSIONS, Role
+from nbdserve.drivers.locks import PERMISSIONS, ImageLock, Role
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
@@ -30,12 +30,12 @@ from nbdserve.formats.qcow2.node import Qcow2Node, open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig
 
-__all__ = ["FORMATS", "open_backend"]
+__all__ = ["FORMATS", "locked_for_creation", "open_backend"]
 
 log = logging.getLogger("nbdserve.graph")
 
@@ -85,6 +85,23 @@ async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
                 await opener.close()
             finally:
                 engine.close()
+
+
+@contextmanager
+def locked_for_creation(filename: str) -> Iterator[None]:
+    """Hold the lock of one who is about to replace an existing image.
+
+    Raises LockedError if anybody uses it, ImageError if it cannot be opened.
+    """
+    try:
+        fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ImageError(f"{filename}: {error.strerror}", error.errno) from None
+    try:
+        ImageLock(fd, filename).acquire(*PERMISSIONS[Role.CREATE])
+        yield
+    finally:
+        os.close(fd)  # releases the lock
 
 
 class _Opener:

@@ -1,8 +1,8 @@
 """The layers of docs/architecture.md, held by the import statements.
 
 A folder of nbdserve/ (or a module at its top) imports only from what `MAY_IMPORT` lists for it;
-in nbd/ only connection.py and poller.py import trio.  Imports inside functions and under TYPE_CHECKING count
-too: a lazy import saves start-up time, it does not loosen a layer.
+in nbd/ only connection.py and poller.py import trio.  Imports inside functions and under
+TYPE_CHECKING count too: a lazy import saves start-up time, it does not loosen a layer.
 
 The rules are functions of a tree on disk, so that the tests can show them a tree that breaks
 each one.

@@ -141,7 +141,7 @@ def _backing_size(config: ImageConfig) -> int:
 
 
 def _while_locked(file: str, create: Callable[[], None]) -> None:
-    """Call ``create``; if ``file`` exists, hold its write lock meanwhile.
+    """Call ``create``; if ``file`` exists, hold its lock meanwhile.
 
     :raises LockedError: somebody uses the file.
     """
@@ -149,13 +149,7 @@ def _while_locked(file: str, create: Callable[[], None]) -> None:
         create()
         return
 
-    import trio
+    from nbdserve.graph import locked_for_creation
 
-    from nbdserve.config import ImageConfig
-    from nbdserve.graph import open_backend
-
-    async def locked() -> None:
-        async with open_backend(ImageConfig(file, format="raw")):  # whatever is in it goes
-            create()
-
-    trio.run(locked)
+    with locked_for_creation(file):
+        create()

@@ -76,6 +76,8 @@ class Role(enum.Enum):
     """The external data file of a writable qcow2 node."""
     DATA_FILE_RO = enum.auto()
     """The external data file of a read-only qcow2 node."""
+    CREATE = enum.auto()
+    """A file that a new image is about to replace (``raw_co_create``)."""
 
 
 _READ = Permission.CONSISTENT_READ
@@ -90,6 +92,7 @@ PERMISSIONS: Final[dict[Role, tuple[Permission, Permission]]] = {
     Role.RAW_BACKING: (_READ, Permission.ALL),
     Role.DATA_FILE_RW: (_READ | Permission.WRITE | Permission.RESIZE, _NO_RESIZE),
     Role.DATA_FILE_RO: (_READ, _NO_RESIZE),
+    Role.CREATE: (Permission.WRITE | Permission.RESIZE, _NO_RESIZE),
 }
 """(permissions, shared) by role, as qemu-nbd 7.2 takes them.
 

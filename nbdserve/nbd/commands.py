@@ -35,7 +35,7 @@ __all__ = ["HANDLERS", "HOLES_FROM", "hole_chunk", "read_reply_head"]
 HOLES_FROM = 32 << 10
 
 # NBD_CMD_CACHE reads that many bytes at a time.
-CACHE_STEP = 1 << 20
+CACHE_STEP = 256 << 10
 
 DF = int(CommandFlag.DF)
 FUA = int(CommandFlag.FUA)

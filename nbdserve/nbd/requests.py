@@ -121,7 +121,7 @@ class RequestBuffer:
         if broken and not requests:
             raise ProtocolError(broken)
         self._start, self._needed = start, needed
-        if start == end and not self._pinned:
+        if start == end:
             self._start = self._end = 0
         return requests
 

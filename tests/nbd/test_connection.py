@@ -364,7 +364,8 @@ async def test_a_bug_in_the_block_stack(way, caplog):
 
 
 @pytest.mark.parametrize(
-    ("error", "number"), [(OSError(errno.ENOMEM, "no thread"), 12), (RuntimeError("no thread"), EIO)]
+    ("error", "number"),
+    [(OSError(errno.ENOMEM, "no thread"), 12), (RuntimeError("no thread"), EIO)],
 )
 async def test_an_engine_that_takes_no_more(error, number):
     leaf = filled()

@@ -556,6 +556,21 @@ async def test_the_backend_is_closed_under_requests_in_flight(unsent, count):
         assert world.poller.busy == 0
 
 
+async def test_all_is_cut_off_at_once():
+    """First `run`, then the requests: those that end without a reply find a closed socket."""
+    leaf = filled()
+    leaf.hold()
+    async with serving(leaf) as world:
+        client = await world.connect()
+        await client.send(b"".join(client.read(0, 512, 1) for _ in range(2 * MAX_IN_FLIGHT)))
+        await settle()
+        client.scope.cancel()
+        await client.ended.wait()
+        world.backend.nursery.cancel_scope.cancel()
+        await settle()
+        assert world.poller.busy == 0
+
+
 # Others
 
 
