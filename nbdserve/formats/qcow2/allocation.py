@@ -36,7 +36,7 @@ __all__ = ["Allocation", "allocate_nowait", "write_allocating"]
 
 
 class Allocation:
-    """New host clusters for a stretch of guest clusters of one L2 table; leaves by link or abort."""
+    """New host clusters for a stretch of guest clusters of one L2 table; ends by link or abort."""
 
     def __init__(self, image: Image, clusters: Clusters, *, reserved: bool = False) -> None:
         """`reserved`: the clusters belonged to the guest clusters already, marked zero."""
@@ -58,14 +58,13 @@ class Allocation:
         return self._clusters.first << self._image.geometry.cluster_bits
 
     def link(self, table: Table, index: int) -> None:
-        """The data is written: point the entries from `index` on to it."""
+        """The data is written: point the entries from `index` on to it. Raises CorruptImage."""
         self._linked = True
         for number in range(self._clusters.count):
-            old = table.entries[index + number]
+            if not self._reserved:
+                self._image.forget(table.entries[index + number])
             host_offset = self.host_offset + (number << self._image.geometry.cluster_bits)
             table.set(index + number, host_offset | COPIED)
-            if not self._reserved:
-                self._image.forget(old)
 
 
 def allocate_nowait(image: Image, offset: int, data: Buffer) -> bool:
@@ -124,12 +123,14 @@ async def write_allocating(image: Image, reader: Reader, offset: int, data: memo
     last = min((offset + len(data) - 1) >> bits, first | (geometry.l2_entries - 1))
     async with image.locks.hold(first, last):
         image.check_writable()
-        extent = await image.mapping.extent(offset, len(data))
-        if extent.type is ClusterType.STANDARD and extent.copied:
-            return 0
-        wanted = geometry.clusters((offset & geometry.in_cluster) + extent.length)
-        reserved = extent.type is ClusterType.ZERO_ALLOC and extent.copied
         try:
+            extent = await image.mapping.extent(offset, len(data))
+            if extent.type is ClusterType.STANDARD and extent.copied:
+                return 0
+            wanted = geometry.clusters((offset & geometry.in_cluster) + extent.length)
+            reserved = extent.type is ClusterType.ZERO_ALLOC and extent.copied
+            if reserved:
+                image.metadata.assert_data(extent.host_offset, extent.length)
             clusters = (
                 Clusters((extent.host_offset >> bits), wanted, zeroed=False)
                 if reserved
@@ -164,6 +165,7 @@ async def _write_data(
         and (image.backing is None or offset - start >= image.backing.size)
     )
     if reads_as_zeroes and clusters.zeroed:
+        image.check_writable()
         await image.file.write(allocation.host_offset + start, data)
         return
     head = bytearray(start)
@@ -172,4 +174,5 @@ async def _write_data(
         await reader.read(offset - start, memoryview(head))
         inside = max(0, min(len(tail), geometry.size - end))
         await reader.read(end, memoryview(tail)[:inside])
+    image.check_writable()
     await image.file.writev(allocation.host_offset, (head, data, tail))

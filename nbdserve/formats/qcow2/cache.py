@@ -6,8 +6,9 @@ maps the tables used since the last sweep straight to their entries; a lookup th
 goes through `peek`, which promotes. When the cache is over its capacity a sweep drops what was not
 used since the last one and empties `hot`: a clock algorithm whose hand moves in bulk.
 
-Law: only clean tables are dropped, and nobody keeps a table across an await. When everything is dirty the cache goes over its
-capacity until `write_back` has run, and whoever is adding tables waits for that.
+Law: only clean tables are dropped, and nobody keeps a table across an await. When everything is
+dirty the cache goes over its capacity until `write_back` has run, and whoever is adding tables
+waits for that.
 """
 
 from __future__ import annotations

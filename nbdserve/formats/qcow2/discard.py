@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from nbdserve.block.units import MIB
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.resolve import ClusterType, cluster_type
-from nbdserve.formats.qcow2.spec import COPIED, OFFSET_MASK, ZERO
+from nbdserve.formats.qcow2.spec import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -112,7 +112,10 @@ def _whole_clusters(image: Image, offset: int, length: int) -> tuple[int, int]:
 async def _reads_as_zeroes(image: Image, start: int, stop: int) -> bool:
     """Whether a range needs no zeroes written; one that only a backing file decides does."""
     while start < stop:
-        extent = await image.mapping.extent(start, stop - start)
+        try:
+            extent = await image.mapping.extent(start, stop - start)
+        except CorruptImage as error:
+            raise image.stop(error) from None
         if extent.type not in _READS_AS_ZEROES and not (
             extent.type is ClusterType.UNALLOCATED
             and (image.backing is None or start >= image.backing.size)
@@ -150,15 +153,18 @@ async def _change(image: Image, first: int, last: int, rule: Callable[[int], int
 async def _change_in_table(
     image: Image, first: int, last: int, rule: Callable[[int], int]
 ) -> None:
+    bits = image.geometry.cluster_bits
+    start = first & (image.geometry.l2_entries - 1)
     try:
-        table = await image.table(first << image.geometry.cluster_bits)
+        table = await image.table(first << bits)
+        for index in range(start, start + last - first + 1):
+            old = table.entries[index]
+            new = rule(old)
+            if new != old:
+                if not old & COMPRESSED:
+                    image.mapping.check_entry(old, (first - start + index) << bits)
+                if not new & OFFSET_MASK:
+                    image.forget(old)
+                table.set(index, new)
     except CorruptImage as error:
         raise image.stop(error) from None
-    start = first & (image.geometry.l2_entries - 1)
-    for index in range(start, start + last - first + 1):
-        old = table.entries[index]
-        new = rule(old)
-        if new != old:
-            table.set(index, new)
-            if not new & OFFSET_MASK:
-                image.forget(old)

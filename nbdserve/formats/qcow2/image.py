@@ -51,8 +51,9 @@ class Image:
         refcounts: Refcounts,
         metadata: MetadataMap,
         quarantine: Quarantine,
-        on_unlink: Callable[[], None],
+        wake: Callable[[], None],
     ) -> None:
+        """`wake`: the background task has something to do."""
         self.header = header
         self.geometry = geometry
         self.file = file
@@ -63,7 +64,7 @@ class Image:
         self.quarantine = quarantine
         self.locks = RangeLock()
         self.broken: CorruptImage | None = None
-        self._on_unlink = on_unlink
+        self._wake = wake
 
     @property
     def l2(self) -> TableCache:
@@ -80,6 +81,8 @@ class Image:
         answer the request with."""
         if self.broken is None:
             self.broken = reason
+            self.mapping.refuse_writes()
+            self._wake()  # to set the corrupt bit
             log.error("%s; the image is marked corrupt and takes no more writes", reason)
         return OSError(errno.EIO, str(reason))
 
@@ -103,9 +106,9 @@ class Image:
         """
         index = offset >> self.geometry.l1_bits
         l1_entry = self.mapping.l1.entries[index]
-        if l1_entry & COPIED:
-            return self.l2.peek(index)
-        if l1_entry & OFFSET_MASK or not self.l2.make_room():
+        if l1_entry & OFFSET_MASK:
+            return self.l2.peek(index) if l1_entry & COPIED else None
+        if not self.l2.make_room():
             return None
         taken = self.refcounts.take_nowait(1)
         if taken is None:
@@ -121,20 +124,24 @@ class Image:
             if table is not None:
                 return table
             l1_entry = self.mapping.l1.entries[index]
-            if l1_entry & COPIED:
-                await self.l2.get(index)
-            elif l1_entry & OFFSET_MASK:
-                await self._copy_l2(index)
-            else:
+            if not l1_entry & OFFSET_MASK:
                 await self.l2.relieve()
                 self.refcounts.put_back(await self.refcounts.take(1))
+            elif l1_entry & COPIED:
+                await self.l2.get(index)
+            else:
+                await self._copy_l2(index)
 
     async def _copy_l2(self, index: int) -> None:
         """A table that somebody else refers to as well must not be changed in place."""
         taken = await self.refcounts.take(1)
-        old = await self.l2.get(index)
+        try:
+            old = await self.l2.get(index)
+        except BaseException:
+            self.abandon(taken)
+            raise
         if self.mapping.l1.entries[index] & COPIED:
-            self.quarantine.add(taken.first)  # another request copied it meanwhile
+            self.abandon(taken)  # another request copied it meanwhile
             return
         self.l2.remove(index)
         self._link_l2(index, taken, old.entries[:])
@@ -151,15 +158,22 @@ class Image:
     # --- unlinking -------------------------------------------------------------------------------
 
     def forget(self, entry: int) -> None:
-        """An L2 entry was overwritten: what it referred to loses one reference, in due time."""
+        """An L2 entry is overwritten: what it referred to loses one reference, in due time.
+
+        Raises CorruptImage, with nothing changed, if that is no cluster of data: it would be
+        discarded, and handed out to somebody else, while tables are in it.
+        """
         bits = self.geometry.cluster_bits
         match cluster_type(entry):
             case ClusterType.STANDARD | ClusterType.ZERO_ALLOC:
-                self._unlink((entry & OFFSET_MASK) >> bits)
+                host_offset, nb_bytes = entry & OFFSET_MASK, self.geometry.cluster_size
             case ClusterType.COMPRESSED:
                 host_offset, nb_bytes = compressed_extent(entry, bits)
-                for cluster in range(host_offset >> bits, (host_offset + nb_bytes - 1 >> bits) + 1):
-                    self._unlink(cluster)
+            case _:
+                return
+        self.metadata.assert_data(host_offset, nb_bytes)
+        for cluster in range(host_offset >> bits, (host_offset + nb_bytes - 1 >> bits) + 1):
+            self._unlink(cluster)
 
     def abandon(self, clusters: Clusters) -> None:
         """Clusters that were taken but never linked."""
@@ -168,4 +182,4 @@ class Image:
 
     def _unlink(self, cluster: int) -> None:
         self.quarantine.add(cluster)
-        self._on_unlink()
+        self._wake()

@@ -27,9 +27,10 @@ __all__ = ["MetadataMap"]
 class MetadataMap:
     """`offsets`: the host offsets of all clusters that hold metadata."""
 
-    def __init__(self, filename: str, geometry: Geometry) -> None:
+    def __init__(self, filename: str, geometry: Geometry, file_size: int) -> None:
         self._filename = filename
         self._geometry = geometry
+        self._file_size = file_size
         self.offsets: set[int] = set()
 
     def add_table(self, name: str, host_offset: int, nb_bytes: int) -> None:
@@ -37,6 +38,11 @@ class MetadataMap:
         geometry = self._geometry
         if host_offset & geometry.in_cluster:
             raise CorruptImage(f"{self._filename}: the {name} at {host_offset:#x} is not aligned")
+        if host_offset >= self._file_size:
+            raise CorruptImage(
+                f"{self._filename}: the {name} at {host_offset:#x} is beyond the end of the file;"
+                " repair the image with qemu-img check -r all"
+            )
         for offset in range(host_offset, host_offset + nb_bytes, geometry.cluster_size):
             if offset in self.offsets:
                 raise CorruptImage(
@@ -58,6 +64,16 @@ class MetadataMap:
     def discard(self, host_offset: int) -> None:
         """The cluster is free now, whatever it held."""
         self.offsets.discard(host_offset)
+
+    def assert_data(self, host_offset: int, nb_bytes: int) -> None:
+        """Raises CorruptImage if guest data at a host offset would lie on metadata."""
+        geometry = self._geometry
+        first = host_offset & ~geometry.in_cluster
+        for offset in range(first, host_offset + nb_bytes, geometry.cluster_size):
+            if offset in self.offsets:
+                raise CorruptImage(
+                    f"{self._filename}: guest data is mapped onto metadata at {offset:#x}"
+                )
 
     def assert_free(self, cluster: int) -> None:
         """Raises CorruptImage if the cluster, free by its refcount, holds metadata."""

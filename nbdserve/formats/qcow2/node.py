@@ -9,12 +9,12 @@ After qcow2_do_open, qcow2_co_pwritev_part, qcow2_co_block_status and qcow2_clos
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
 from nbdserve.block.node import Buffer, Extent, Node
-from nbdserve.block.run import Op, Resolution
 from nbdserve.block.units import MIB
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.allocation import allocate_nowait, write_allocating
@@ -29,11 +29,11 @@ from nbdserve.formats.qcow2.header import (
 )
 from nbdserve.formats.qcow2.image import Image
 from nbdserve.formats.qcow2.metadata import MetadataMap
-from nbdserve.formats.qcow2.ordering import mark_corrupt, write_back
+from nbdserve.formats.qcow2.ordering import is_dirty, mark_corrupt, write_back
 from nbdserve.formats.qcow2.quarantine import Quarantine
 from nbdserve.formats.qcow2.read import Reader
 from nbdserve.formats.qcow2.refcount import Refcounts
-from nbdserve.formats.qcow2.resolve import ClusterType, GuestExtent, Mapping
+from nbdserve.formats.qcow2.resolve import ClusterType, Mapping
 from nbdserve.formats.qcow2.spec import REFCOUNT_BLOCK_OFFSET_MASK
 from nbdserve.formats.qcow2.supported import check_supported
 from nbdserve.formats.qcow2.tables import Table, decode_table
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping as MappingType
 
     from nbdserve.block.epoch import Epochs
+    from nbdserve.block.run import Op, Resolution
     from nbdserve.engines.threads import ThreadsEngine
 
 __all__ = ["CacheSizes", "Qcow2Node", "open_qcow2", "read_header"]
@@ -50,6 +51,8 @@ __all__ = ["CacheSizes", "Qcow2Node", "open_qcow2", "read_header"]
 # many may wait at most.
 SETTLE_AFTER = 1.0
 SETTLE_AT = 16384
+
+CLOSING_FLUSHES = 4
 
 
 class CacheSizes(NamedTuple):
@@ -87,7 +90,7 @@ async def open_qcow2(
     check_supported(header, file.filename, read_only=read_only)
     geometry = Geometry(header.cluster_bits, header.refcount_order, header.size)
     l1 = await _read_table(file, header.l1_table_offset, geometry.l1_entries)
-    metadata = MetadataMap(file.filename, geometry)
+    metadata = MetadataMap(file.filename, geometry, file.size)
     quarantine = Quarantine(epochs)
     mapping = Mapping(
         file,
@@ -129,7 +132,7 @@ async def open_qcow2(
         refcounts,
         metadata,
         quarantine,
-        on_unlink=node.unlinked.set,
+        wake=node.wanted.set,
     )
     node.wire(cache_sizes or CacheSizes())
     return node
@@ -157,10 +160,11 @@ class Qcow2Node(Node):
         no_flush: bool,
     ) -> None:
         super().__init__(file.filename, header.size, read_only=read_only, no_flush=no_flush)
-        self.unlinked = Signal()
+        self.wanted = Signal()
         self._engine = engine
         self._geometry = geometry
         self._flush_lock = trio.Lock()
+        self._release_lock = trio.Lock()
 
     def wire(self, sizes: CacheSizes) -> None:
         """Make the caches, whose loaders are the image's, and shorten the hot path."""
@@ -205,21 +209,16 @@ class Qcow2Node(Node):
             except CorruptImage as error:
                 raise image.stop(error) from None
             if extent.type is ClusterType.STANDARD and extent.copied:
-                self._check_overlap(extent)
+                try:
+                    image.metadata.assert_data(extent.host_offset, extent.length)
+                except CorruptImage as error:
+                    raise image.stop(error) from None
                 await image.file.write(extent.host_offset, rest[: extent.length])
                 written = extent.length
             else:
                 written = await write_allocating(image, self._reader, offset, rest)
             offset += written
             rest = rest[written:]
-
-    def _check_overlap(self, extent: GuestExtent) -> None:
-        first = extent.host_offset & ~self._geometry.in_cluster
-        for host in range(first, extent.host_offset + extent.length, self.cluster_size):
-            if host in self.image.metadata.offsets:
-                raise self.image.stop(
-                    CorruptImage(f"{self.filename}: guest data is mapped onto metadata at {host:#x}")
-                )
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
@@ -262,54 +261,65 @@ class Qcow2Node(Node):
         async with self._flush_lock:
             await super().flush()
             self.image.quarantine.mark_durable()
-        await self._release()
+        if self.image.quarantine:
+            await self._release()
 
     async def flush_to_os(self) -> None:
         await write_back(self.image)
 
     async def _relieve(self) -> None:
-        """A cache is full of dirty tables."""
-        async with self._flush_lock:
-            await write_back(self.image)
+        """A cache is full of dirty tables. Reads of a broken image go on: it grows."""
+        if self.image.broken is None:
+            async with self._flush_lock:
+                await write_back(self.image)
 
     async def _release(self) -> None:
         """Free what has left quarantine, and give its room in the file back."""
         image = self.image
-        released = image.quarantine.release()
-        if not released:
-            return
-        self._reader.forget_compressed()
-        freed = await image.refcounts.lower(released)
-        bits = self._geometry.cluster_bits
-        for first, count in freed:
-            await image.file.discard(first << bits, count << bits)
-        image.refcounts.add_free(freed)
+        async with self._release_lock:
+            released = image.quarantine.release()
+            if released:
+                self._reader.forget_compressed()
+            try:
+                while released:
+                    del released[: await image.refcounts.lower(released)]
+            finally:
+                image.quarantine.put_back(released)
 
     async def settle(self) -> None:
-        """Background task: flush some time after something was unlinked, client or no client."""
-        while True:
-            await self.unlinked.wait()
+        """Background task: flush some time after something was unlinked, client or no client; set
+        the corrupt bit soon after the image broke."""
+        image = self.image
+        while image.broken is None:
+            await self.wanted.wait()
             with trio.move_on_after(SETTLE_AFTER):
-                while len(self.image.quarantine) < SETTLE_AT:
+                while True:
                     await trio.sleep(SETTLE_AFTER / 10)
-            if self.image.broken is not None:
-                return
-            try:
+                    if image.broken is not None or len(image.quarantine) >= SETTLE_AT:
+                        break
+            self.wanted.clear()
+            # A client's next flush meets the same error and reports it.
+            with suppress(OSError):
                 await self.flush()
-            except OSError:
-                return  # the next flush of a client meets the same error and reports it
-            if not len(self.image.quarantine):
-                self.unlinked.clear()
+                if image.quarantine:
+                    self.wanted.set()
+        with suppress(OSError):
+            await mark_corrupt(image)
 
     async def close(self) -> None:
         """Flush until nothing is dirty or waits: freeing what was unlinked dirties refcounts."""
         if self.read_only:
             return
-        if self.image.broken is not None:
-            await mark_corrupt(self.image)
-            return
-        await self.flush()
-        await self.flush()
+        # At most: write and unlink, free what was unlinked (a former refcount table, too), write
+        # the lowered refcounts.
+        for _ in range(CLOSING_FLUSHES):
+            if self.image.broken is not None:
+                await mark_corrupt(self.image)
+                return
+            await self.flush()
+            async with self._release_lock:  # the background task may be freeing the last
+                if not (self.image.quarantine or is_dirty(self.image)):
+                    return
 
     def statistics(self) -> dict[str, object]:
         return {

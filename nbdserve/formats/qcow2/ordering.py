@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from nbdserve.formats.qcow2.image import Image
 
-__all__ = ["STAGE", "WRITE_ORDER", "Rule", "What", "mark_corrupt", "write_back"]
+__all__ = ["STAGE", "WRITE_ORDER", "Rule", "What", "is_dirty", "mark_corrupt", "write_back"]
 
 
 class What(enum.Enum):
@@ -89,9 +89,9 @@ async def write_back(image: Image) -> None:
     dirty again and the next write-back starts over.
     """
     image.quarantine.seal()
-    pending = _dirty_tables(image)
-    if not pending:
+    if not is_dirty(image):
         return
+    pending = _dirty_tables(image)
     moved_from, image.refcounts.moved_from = image.refcounts.moved_from, []
     stages: list[list[TableWrite]] = [[], [], []]
     for what, table in pending:
@@ -153,6 +153,11 @@ def _dirty_tables(image: Image) -> list[tuple[What, Table]]:
         for table in tables
         if table.dirty
     ]
+
+
+def is_dirty(image: Image) -> bool:
+    """Whether a write-back would write anything."""
+    return bool(_dirty_tables(image) or image.refcounts.moved_from)
 
 
 async def _write(image: Image, writes: list[TableWrite]) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Quarantine"]
 
 
+# An epoch before all that any request can be in.
+OLDEST = -1
+
+
 class Quarantine:
     """Clusters by how far they have come: unlinked -> sealed (being written) -> durable."""
 
@@ -54,3 +58,8 @@ class Quarantine:
         released = [cluster for tag, group in self._durable if tag < oldest for cluster in group]
         self._durable = [(tag, group) for tag, group in self._durable if tag >= oldest]
         return sorted(released)
+
+    def put_back(self, clusters: list[int]) -> None:
+        """Clusters that `release` gave out but that could not be freed: it gives them out again."""
+        if clusters:
+            self._durable.append((OLDEST, clusters))

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from nbdserve.block.units import MIB
+from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.compressed import Decompressor, compressed_extent
 from nbdserve.formats.qcow2.resolve import ClusterType
 
@@ -76,7 +77,11 @@ class Reader:
         host_offset, nb_bytes = compressed_extent(entry, image.geometry.cluster_bits)
         data = bytearray(nb_bytes)
         await image.file.read(host_offset, memoryview(data))
-        cluster = await self._engine.run(self._decompress, data, guest_offset)
+        try:
+            cluster = await self._engine.run(self._decompress, data, guest_offset)
+        except CorruptImage as error:
+            # Damaged data, not metadata: its reader gets an error, the image is none the worse.
+            raise OSError(error.errno, str(error)) from None
         self._kept[key] = cluster
         while len(self._kept) * image.geometry.cluster_size > KEPT_BYTES:
             self._kept.popitem(last=False)

@@ -18,6 +18,9 @@ wrong otherwise).
 from __future__ import annotations
 
 import errno
+from bisect import bisect_left
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +31,7 @@ from nbdserve.formats.qcow2.tables import Table, decode_refcounts, empty_refcoun
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from nbdserve.block.node import Node
     from nbdserve.formats.qcow2.cache import TableCache
@@ -122,7 +125,7 @@ class Refcounts:
             self._free.append((clusters.first, clusters.count))
 
     def _take_from(self, block: Table, first: int, count: int, at_end: bool) -> Clusters | None:
-        """Raise the refcounts of the leading free clusters of a run; None if the first is in use."""
+        """Raise the refcounts of a run's leading free clusters; None if the first is in use."""
         entries = block.entries
         index = first & (self._geometry.block_entries - 1)
         count = min(count, self._geometry.block_entries - index)
@@ -185,9 +188,10 @@ class Refcounts:
         old = self.table
         first_block = start >> geometry.block_bits
         nb_clusters = geometry.clusters(max(old.nb_bytes * 3 // 2, (first_block + 1) * 8)) + 1
-        nb_blocks = 1
-        while (start + nb_clusters + nb_blocks - 1) >> geometry.block_bits >= first_block + nb_blocks:
-            nb_blocks += 1
+        end = start + nb_clusters + 1
+        while (end - 1) >> geometry.block_bits >= first_block + end - start - nb_clusters:
+            end += 1
+        nb_blocks = end - start - nb_clusters
         if (
             nb_clusters * geometry.cluster_size > MAX_REFCOUNT_TABLE_BYTES
             or first_block + nb_blocks > nb_clusters * geometry.l2_entries
@@ -201,7 +205,6 @@ class Refcounts:
         for cluster in range(start, start + nb_clusters):
             self._metadata.assert_free(cluster)
             self._metadata.add(cluster << geometry.cluster_bits)
-        end = start + nb_clusters + nb_blocks
         for number in range(nb_blocks):
             block = self._make_block(first_block + number, start + nb_clusters + number)
             low = (first_block + number) << geometry.block_bits
@@ -232,61 +235,76 @@ class Refcounts:
         low = index << geometry.block_bits
         count = min(geometry.block_entries, self._end - low)
         if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
-            runs = [(0, count)]
+            found = [(0, count)]
         else:
             block = await self.blocks.get(index)
             if self._searched != index:  # somebody else was faster
                 return
-            runs = free_runs(block.entries, count)
+            found = free_runs(block.entries, count)
         self._searched = index + 1
         # Cluster 0 is the header; a refcount of zero there is damage, not room.
         self._free[:0] = [
-            (low + first, length) for first, length in reversed(runs) if low + first > 0
+            (low + first, length) for first, length in reversed(found) if low + first > 0
         ]
 
     # --- lowering --------------------------------------------------------------------------------
 
-    async def lower(self, clusters: Iterable[int]) -> list[tuple[int, int]]:
-        """Lower each cluster's refcount by one; return the runs (first, count) that became free.
+    async def lower(self, clusters: list[int]) -> int:
+        """Lower the refcounts of the leading clusters, those of one refcount block, by one for each
+        time they are listed; give the room of those that become free back to the file. Returns how
+        many of the list were dealt with.
 
-        Only for what has left quarantine. A refcount that is zero already is damage: it is logged
-        by raising CorruptImage after the others were lowered.
+        Only for what has left quarantine, ascending, one call at a time. Raises OSError with
+        nothing lowered.
         """
         geometry = self._geometry
-        freed: list[tuple[int, int]] = []
-        for cluster in clusters:
-            index = cluster >> geometry.block_bits
-            if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
-                continue  # never counted: nothing to lower
-            block = await self.blocks.get(index)
-            entry = cluster & (geometry.block_entries - 1)
-            value = block.entries[entry]
-            if value == 0:
-                continue
-            block.set(entry, value - 1)
-            if value == 1:
+        index = clusters[0] >> geometry.block_bits
+        low = index << geometry.block_bits
+        listed = clusters[: bisect_left(clusters, low + geometry.block_entries)]
+        if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
+            return len(listed)  # never counted: nothing to lower
+        block = await self.blocks.get(index)
+        times = Counter(listed)
+        freed = list(runs(c for c, count in times.items() if block.entries[c - low] == count))
+        # Discarded while they still count as used: once a refcount is zero, even if only the
+        # search for free clusters sees it, somebody may be writing to the cluster.
+        for first, count in freed:
+            with suppress(OSError):  # a hint
+                await self._file.discard(
+                    first << geometry.cluster_bits, count << geometry.cluster_bits
+                )
+        block = await self.blocks.get(index)
+        for cluster, count in times.items():
+            block.set(cluster - low, max(block.entries[cluster - low] - count, 0))
+        for first, count in freed:
+            for cluster in range(first, first + count):
                 self._metadata.discard(cluster << geometry.cluster_bits)
-                if freed and sum(freed[-1]) == cluster:
-                    freed[-1] = (freed[-1][0], freed[-1][1] + 1)
-                else:
-                    freed.append((cluster, 1))
-        return freed
-
-    def add_free(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Clusters with refcount zero may be handed out from now on."""
-        searched_end = self._searched * self._geometry.block_entries
-        for first, count in runs:
             # What lies in a block not searched yet will be found by the search.
-            if self._searched >= self._search_end or first + count <= searched_end:
+            if index < self._searched or self._searched >= self._search_end:
                 self._free.append((first, count))
+        return len(listed)
 
 
 _MADE = Table.__new__(Table)
 
 
+def runs(clusters: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The runs (first, count) of ascending cluster indices."""
+    first = count = 0
+    for cluster in clusters:
+        if count and cluster == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = cluster, 1
+    if count:
+        yield first, count
+
+
 def free_runs(entries: array[int], count: int) -> list[tuple[int, int]]:
     """The runs (first, length) of zeroes among the first `count` entries, ascending."""
-    runs: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     index = 0
     while index < count:
         try:
@@ -296,5 +314,5 @@ def free_runs(entries: array[int], count: int) -> list[tuple[int, int]]:
         start = index
         while index < count and entries[index] == 0:
             index += 1
-        runs.append((start, index - start))
-    return runs
+        found.append((start, index - start))
+    return found

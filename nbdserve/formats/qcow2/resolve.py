@@ -23,6 +23,8 @@ from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.spec import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from nbdserve.formats.qcow2.cache import TableCache
     from nbdserve.formats.qcow2.geometry import Geometry
     from nbdserve.formats.qcow2.tables import Table
@@ -79,7 +81,7 @@ class Mapping:
         l1: Table,
         *,
         has_zero_flag: bool,
-        metadata: set[int],
+        metadata: Container[int],
     ) -> None:
         """`has_zero_flag`: version 3; in version 2 the bit is reserved and a mistake."""
         self.l1 = l1
@@ -105,8 +107,12 @@ class Mapping:
         self.l2 = cache
         self._hot = cache.hot
 
+    def refuse_writes(self) -> None:
+        """From now on no write resolves: all clusters count as metadata; `resolve` stays fast."""
+        self._metadata = _Everything()
+
     def resolve(self, op: Op, offset: int, length: int) -> Resolution:
-        """See Node.resolve. The first lines are the hot path: one plain cluster, table in memory."""
+        """See Node.resolve. The first lines are the hot path: a plain cluster, table in memory."""
         cluster = offset >> self._cluster_bits
         entries = self._hot.get(cluster >> self._l2_bits)
         if entries is not None:
@@ -204,7 +210,7 @@ class Mapping:
         kind = cluster_type(entry)
         count = 1
         if kind is not ClusterType.COMPRESSED:
-            self._check(entry, offset)
+            self.check_entry(entry, offset)
             step = self._cluster_size if entry & OFFSET_MASK else 0
             expected = entry + step
             while count < wanted and entries[index + count] == expected:
@@ -218,7 +224,8 @@ class Mapping:
             bool(entry & COPIED),
         )
 
-    def _check(self, entry: int, offset: int) -> None:
+    def check_entry(self, entry: int, offset: int) -> None:
+        """Raises CorruptImage if an L2 entry, not a compressed one, cannot be right."""
         if entry & self._reserved:
             raise CorruptImage(
                 f"{self._file.filename}: the L2 entry {entry:#x} of the cluster at guest offset"
@@ -230,3 +237,10 @@ class Mapping:
         while (extent := self.extent_at(offset, length)) is None:
             await self.l2.get(offset >> self._geometry.l1_bits)
         return extent
+
+
+class _Everything:
+    """Contains every host offset."""
+
+    def __contains__(self, _host_offset: object) -> bool:
+        return True

@@ -15,7 +15,14 @@ import sys
 from array import array
 from typing import NamedTuple
 
-__all__ = ["SLICE_SIZE", "Table", "TableWrite", "decode_refcounts", "decode_table", "empty_refcounts"]
+__all__ = [
+    "SLICE_SIZE",
+    "Table",
+    "TableWrite",
+    "decode_refcounts",
+    "decode_table",
+    "empty_refcounts",
+]
 
 SLICE_SIZE = 4096
 
@@ -25,7 +32,10 @@ SWAP = sys.byteorder == "little"
 
 # A byte of 1-, 2- or 4-bit refcounts -> the refcounts in it, the first in the lowest bits.
 UNPACKED = {
-    bits: [bytes((byte >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)) for byte in range(256)]
+    bits: [
+        bytes((byte >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits))
+        for byte in range(256)
+    ]
     for bits in (1, 2, 4)
 }
 
@@ -60,7 +70,15 @@ class Table:
     `fresh`: nothing on disk points to it yet, so it may be written in any order.
     """
 
-    __slots__ = ("_bits", "_entries_per_slice", "_in_flight", "dirty", "entries", "fresh", "host_offset")
+    __slots__ = (
+        "_bits",
+        "_entries_per_slice",
+        "_in_flight",
+        "dirty",
+        "entries",
+        "fresh",
+        "host_offset",
+    )
 
     def __init__(
         self, entries: array[int], host_offset: int, *, entry_bits: int = 64, fresh: bool = False
@@ -143,4 +161,5 @@ def _pack(entries: array[int], bits: int) -> bytes:
 
 def empty_refcounts(nb_entries: int, refcount_bits: int) -> array[int]:
     """The entries of a refcount block with nothing in it."""
-    return array(TYPECODES[max(refcount_bits // 8, 1)], bytes(nb_entries * max(refcount_bits // 8, 1)))
+    width = max(refcount_bits // 8, 1)
+    return array(TYPECODES[width], bytes(nb_entries * width))

@@ -200,6 +200,7 @@ MALFORMED = [
     ({"incompatible_features": 1 << 5}, "not known here: bit 5$"),
     ({"incompatible_features": 1 << 63 | 1 << 7 | 1}, "not known here: bit 7, bit 63$"),
     ({"incompatible_features": 1 << 3}, "compression type 0 contradicts its feature bit"),
+    ({"incompatible_features": 1 << 4, "cluster_bits": 13}, "extended L2 entries need clusters"),
     ({"compression_type": 1}, "compression type 1 contradicts its feature bit"),
     ({"compression_type": 2}, "compression type 2 is not supported"),
     (

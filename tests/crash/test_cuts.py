@@ -1,0 +1,381 @@
+"""The power is cut at any moment: the image leaks at most, and what was flushed is there.
+
+Random programs run on a file in memory that logs every write and flush. The power is then cut after
+any of the log's entries. What was logged before the last completed flush began is on the disk; of
+everything later each sector is or is not, independently, so writes are torn and reordered as a
+page cache may do it. Of each such image is asked:
+
+* no cluster has fewer references counted than it has (qcow2_model.audit; `qemu-img check` is asked
+  about some of them, so that our own eyes are checked too);
+* each byte of the disk is the flushed one, or one that a request wrote after that flush began;
+* the image can be opened and written to again, and is then sound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import random
+import tempfile
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import trio
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+
+import peers
+from nbdserve.formats.qcow2.node import CacheSizes
+from nbdserve.formats.raw import RawNode
+from qcow2_model import (
+    COPIED,
+    OFFSET,
+    Disk,
+    Effect,
+    Entry,
+    Layout,
+    MemoryFile,
+    Request,
+    assert_sound,
+    audit,
+    guest_bytes,
+    new_image,
+    open_memory,
+    pattern,
+    run_batch,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
+FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+CLUSTER = 512
+CUTS = 60  # of each program
+TABLE_FIELD = 48  # where the header says where the refcount table is
+
+
+class Kind(NamedTuple):
+    """An image of clusters of 512 bytes."""
+
+    version: int
+    refcount_bits: int
+    size: int
+    backing: int  # bytes of the backing file; 0: none
+    tables: int | None  # in each cache
+    compressed: bool = False
+
+    @property
+    def cache_sizes(self) -> CacheSizes | None:
+        return CacheSizes(*(2 * [self.tables * 1024])) if self.tables else None
+
+    @property
+    def old(self) -> bytes:
+        """What the backing file holds."""
+        return pattern(7, self.backing)
+
+    def make(self) -> bytes:
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            if not self.compressed:
+                return new_image(
+                    folder,
+                    self.size,
+                    version=self.version,
+                    cluster_size=CLUSTER,
+                    refcount_bits=self.refcount_bits,
+                )
+            raw, path = pathlib.Path(folder, "raw"), pathlib.Path(folder, "image")
+            raw.write_bytes(self.content)
+            options = f"cluster_size={CLUSTER},refcount_bits={self.refcount_bits}"
+            peers.qemu_img(
+                "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path
+            )
+            return path.read_bytes()
+
+    @property
+    def content(self) -> bytes:
+        """What the new image reads as."""
+        if self.compressed:
+            clusters = range(0, self.size, CLUSTER)
+            return b"".join(pattern(at, 100).ljust(CLUSTER, b"\x11") for at in clusters)
+        return self.old[: self.size].ljust(self.size, b"\0")
+
+
+kinds = st.builds(
+    Kind,
+    st.sampled_from((3, 3, 2)),
+    st.sampled_from((16, 64, 1)),
+    st.integers(1, 150).map(lambda n: n * 512),
+    st.sampled_from((0, 0, 20 * 1024)),
+    st.sampled_from((1, 3, None)),
+    st.just(False),
+) | st.builds(
+    Kind, st.just(3), st.sampled_from((8, 64)), st.just(30 * 1024), st.just(0), st.just(2),
+    st.just(True),
+)
+kinds = kinds.map(lambda kind: kind._replace(refcount_bits=16) if kind.version == 2 else kind)
+
+
+@st.composite
+def requests(draw, size: int):
+    """Few clusters and few lengths, so that they meet."""
+    kind = draw(st.sampled_from(("write", "write", "write", "discard", "zero", "flush")))
+    if kind == "flush":
+        return Request("flush")
+    number = draw(st.integers(0, min(size // CLUSTER - 1, 12)))
+    offset = number * CLUSTER + draw(st.sampled_from((0, 0, 0, 100)))
+    lengths = (CLUSTER, 60, 3 * CLUSTER, 2 * CLUSTER + 80, 40 * CLUSTER)
+    length = min(draw(st.sampled_from(lengths)), size - offset)
+    return Request(
+        kind,
+        offset,
+        length,
+        draw(st.integers(0, 99)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.sampled_from((0, 0, 1, 4))),
+    )
+
+
+@st.composite
+def programs(draw, size: int):
+    batch = st.sampled_from((1, 1, 2, 4)).flatmap(
+        lambda n: st.lists(requests(size), min_size=n, max_size=n)
+    )
+    return draw(st.lists(batch, min_size=3, max_size=16))
+
+
+class History(NamedTuple):
+    """What happened. milestones: (length of the log, what a flush that had returned then made
+    durable, from which batch on requests were not covered); effects: (length of the log before
+    the batch, what its requests write)."""
+
+    initial: bytes
+    log: list[Entry]
+    milestones: list[tuple[int, bytes, int]]
+    effects: list[tuple[int, list[Effect]]]
+
+
+async def record(
+    kind: Kind, initial: bytes, program, patience: int, disk: Disk | None = None
+) -> History:
+    file = MemoryFile(initial, patience=patience, seed=1)
+    backing = RawNode(MemoryFile(kind.old)) if kind.backing else None
+    if disk is None:
+        disk = Disk(kind.content, CLUSTER, discards=kind.version == 3 or not kind.backing)
+    milestones = [(0, bytes(disk.content), 0)]
+    effects = []
+    async with open_memory(file, backing=backing, cache_sizes=kind.cache_sizes) as (backend, _):
+        for number, batch in enumerate(program):
+            before = bytes(disk.content)
+            found = [effect for request in batch if (effect := disk.effect(request)) is not None]
+            effects.append((len(file.log), found))
+            await run_batch(backend, disk, batch)
+            if any(request.kind == "flush" for request in batch):
+                milestones.append((len(file.log), before, number))
+            elif len(batch) == 1 and batch[0] == dataclasses.replace(
+                batch[0], kind="write", flag=True, quick=False
+            ):  # FUA
+                milestones.append((len(file.log), bytes(disk.content), number + 1))
+    assert_sound(file.content)
+    return History(initial, file.log, milestones, effects)
+
+
+def cut(history: History, length: int, chooser: random.Random, chance: float) -> bytearray:
+    """The file after the power was cut `length` entries into the log."""
+    log = history.log[:length]
+    durable = max((entry.offset for entry in log if entry.data is None), default=0)
+    image = bytearray(history.initial)
+    for number, (offset, data) in enumerate(log):
+        if data is None:
+            continue
+        at = 0
+        while at < len(data):
+            end = min(len(data), at + 512 - (offset + at) % 512)
+            if number < durable or chooser.random() < chance:
+                if offset + end > len(image):
+                    image.extend(bytes(offset + end - len(image)))
+                image[offset + at : offset + end] = data[at:end]
+            at = end
+    return image
+
+
+def assert_flushed_is_there(history: History, length: int, disk: bytes) -> None:
+    _, flushed, first = [entry for entry in history.milestones if entry[0] <= length][-1]
+    later = [
+        effect
+        for start, effects in history.effects[first:]
+        if start < length
+        for effect in effects
+    ]
+    assert len(disk) == len(flushed)
+    for start in range(0, len(disk), 64):
+        piece = slice(start, start + 64)
+        if disk[piece] == flushed[piece]:
+            continue
+        for at in range(start, min(start + 64, len(disk))):
+            allowed = {flushed[at]} | {
+                effect.data[at - effect.offset]
+                for effect in later
+                if effect.offset <= at < effect.offset + len(effect.data)
+            }
+            assert disk[at] in allowed, (
+                f"cut after {length}: byte {at:#x} is {disk[at]:#x}, not one of {sorted(allowed)}"
+            )
+
+
+def qemu_says_sound(image: bytes) -> bool:
+    """qemu-img check: nothing wrong but leaks."""
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        path = pathlib.Path(folder, "image")
+        path.write_bytes(image)
+        done = peers.run("qemu-img", "check", "-f", "qcow2", path, check=False)
+        assert done.returncode in (0, 2, 3), done.stderr
+        return done.returncode != 2
+
+
+async def write_again(kind: Kind, image: bytes) -> None:
+    """What the crash left can be worked with, and then nothing is wrong but the old leaks."""
+    file = MemoryFile(image)
+    backing = RawNode(MemoryFile(kind.old)) if kind.backing else None
+    disk = Disk(guest_bytes(image, kind.old), CLUSTER, discards=False)
+    writes = [
+        Request("write", at, min(700, kind.size - at), at) for at in range(0, kind.size, 2000)
+    ]
+    async with open_memory(file, backing=backing, cache_sizes=kind.cache_sizes) as (backend, _):
+        await run_batch(backend, disk, writes)
+    assert_sound(file.content, leaks_allowed=True)
+    assert guest_bytes(file.content, kind.old) == disk.content
+
+
+@pytest.mark.peer("qemu-img")
+@settings(
+    max_examples=3000 if SOAK else 35,
+    deadline=None,
+    derandomize=not SOAK,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    print_blob=True,
+)
+@given(kinds, st.data(), st.integers(0, 4))
+def test_a_cut_leaks_at_most_and_loses_nothing_flushed(kind, data, patience):
+    program = data.draw(programs(kind.size), label="program")
+    history = trio.run(record, kind, kind.make(), program, patience)
+    assert_cuts_are_harmless(kind, history, CUTS)
+    event(f"{min(len(history.log) // 50 * 50, 300)} or more entries in the log")
+
+
+def assert_cuts_are_harmless(
+    kind: Kind, history: History, cuts: int, moments: Iterable[int] = ()
+) -> None:
+    """`moments`: lengths of the log at which to cut in any case."""
+    chooser = random.Random(len(history.log))
+    # Right before and right after a flush ended is where the order shows.
+    ends = [number for number, entry in enumerate(history.log) if entry.data is None]
+    some = sorted({*ends, *(end + 1 for end in ends), len(history.log)})
+    some += [chooser.randint(0, len(history.log)) for _ in range(cuts)]
+    for number, length in enumerate([*moments, *chooser.sample(some, min(cuts, len(some)))]):
+        image = cut(history, length, chooser, chooser.choice((0.1, 0.5, 0.9)))
+        assert_sound(image, leaks_allowed=True)
+        assert_flushed_is_there(history, length, guest_bytes(image, kind.old))
+        if number == 0:
+            assert qemu_says_sound(image)
+            trio.run(write_again, kind, image)
+
+
+async def fill(content: bytes, length: int) -> bytes:
+    file = MemoryFile(content)
+    async with open_memory(file) as (backend, _):
+        await backend.write(0, pattern(3, length))
+    return bytes(file.content)
+
+
+@pytest.mark.peer("qemu-img")
+@pytest.mark.parametrize("patience", [0, 3])
+@pytest.mark.parametrize("tables", [2, None])
+def test_cuts_while_the_refcount_table_moves(patience, tables):
+    """With 64-bit refcounts and clusters of 512 bytes the first table reaches to 2 MiB."""
+    size = 2100 * 1024
+    kind = Kind(3, 64, size, 0, tables)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        content = new_image(folder, 2 * size, cluster_size=CLUSTER, refcount_bits=64)
+    kept = 1900 * 1024
+    initial = trio.run(fill, content, kept)
+    table_offset = Layout(initial).table_offset
+    more = [Request("write", kept + at, 9 * 1024, at) for at in range(0, 90 * 1024, 9 * 1024)]
+    program = [
+        more[:4],
+        [Request("flush")],
+        [*more[4:7], Request("flush"), Request("discard", 4096, 8192)],
+        more[7:],
+        [Request("flush"), Request("write", 4096, 8192, 5)],
+    ]
+    disk = Disk(guest_bytes(initial), CLUSTER, discards=True)
+    history = trio.run(record, kind, initial, program, patience, disk)
+    final = cut(history, len(history.log), random.Random(0), 1.0)
+    assert Layout(final).table_offset != table_offset
+    moved = [number for number, entry in enumerate(history.log) if entry.offset == TABLE_FIELD]
+    assert moved
+    assert_cuts_are_harmless(
+        kind, history, 20, [at + after for at in moved for after in (1, 1, 1, 2, 4, 8)]
+    )
+
+
+def damages():
+    """(name, an image that was damaged by hand in one way)."""
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        content = new_image(folder, 64 * 1024, cluster_size=CLUSTER)
+    file = MemoryFile(content)
+
+    async def fill() -> None:
+        async with open_memory(file) as (backend, _):
+            await backend.write(0, pattern(1, 4096))
+
+    trio.run(fill)
+    layout = Layout(file.content)
+    l2 = layout.l1[0] & OFFSET
+    first = layout.words(l2, 1)[0] & OFFSET
+    block = layout.words(layout.table_offset, 1)[0]
+
+    def put(offset: int, value: int, width: int = 8) -> bytes:
+        image = bytearray(file.content)
+        image[offset : offset + width] = value.to_bytes(width, "big")
+        return bytes(image)
+
+    yield "sound", bytes(file.content)
+    yield "refcount of data is zero", put(block + first // CLUSTER * 2, 0, 2)
+    yield "refcount of an L2 table is zero", put(block + l2 // CLUSTER * 2, 0, 2)
+    yield "two owners", put(l2 + 8, first | COPIED)
+    yield "data on a table", put(l2 + 8, l2 | COPIED)
+    yield "unaligned data", put(l2, (first + 0x200 * 3 + 0x10) | COPIED)
+    yield "not copied", put(l2, first)
+    yield "data past the end", put(l2, (len(file.content) + 4096) | COPIED)
+    yield "no refcount block", put(layout.table_offset, 0)
+    yield "L2 table past the end", put(layout.l1_offset, (1 << 30) | COPIED)
+
+
+@pytest.mark.peer("qemu-img")
+def test_our_eyes_see_what_qemu_sees():
+    for name, image in damages():
+        assert (not audit(image).wrong) is qemu_says_sound(image), name
+
+
+@pytest.mark.parametrize("torn", ["L1 entry first", "refcount last"])
+def test_our_eyes_see_a_wrong_order(torn):
+    """The audit and the byte check do find what they are there to find."""
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        content = new_image(folder, 64 * 1024, cluster_size=CLUSTER)
+    kind = Kind(3, 16, 64 * 1024, 0, None)
+    program = [[Request("write", 0, 4096, 1)], [Request("flush")]]
+    history = trio.run(record, kind, content, program, 0)
+    layout = Layout(content)
+    block = layout.words(layout.table_offset, 1)[0]
+    where = layout.l1_offset if torn == "L1 entry first" else block
+    wanted = [entry for entry in history.log if entry.data is not None and entry.offset == where]
+    others = [entry for entry in history.log if entry.data is not None and entry.offset != where]
+    chosen = wanted if torn == "L1 entry first" else others
+    image = cut(history._replace(log=chosen), len(chosen), random.Random(0), 1.0)
+    with pytest.raises(AssertionError):
+        assert_sound(image, leaks_allowed=True)
