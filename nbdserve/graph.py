@@ -76,6 +76,7 @@ async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
                 write_cache=config.cache.writeback,
                 detect_zeroes=config.detect_zeroes,
                 discard=config.discard == "unmap",
+                plug=engine.plug,
             )
             nursery.cancel_scope.cancel()
     finally:

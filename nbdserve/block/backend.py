@@ -1,7 +1,7 @@
 """The BlockBackend: what a front end sees of a tree of nodes.
 
 Everything that belongs to the drive and not to a node is here, once: bounds, the write cache
-setting (WCE) that turns writes into FUA writes, FUA itself (block/emulate.py), zero detection, the
+setting (WCE) that turns writes into FUA writes, FUA itself (`_durable`), zero detection, the
 statistics; and the two ways of a request.
 
 * `*_nowait` does a request at once if its range resolves and the leaves need not wait. It makes no
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from nbdserve.block.emulate import is_zero
@@ -28,6 +28,7 @@ from nbdserve.block.run import READ, WRITE, Miss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import trio
 
@@ -48,14 +49,17 @@ class BlockBackend:
         write_cache: bool,
         detect_zeroes: str = "off",
         discard: bool = True,
+        plug: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`write_cache`: WCE, off in writethrough. `detect_zeroes`: off, on, unmap. `discard`:
-        whether discards are passed on, else they do nothing."""
+        whether discards are passed on, else they do nothing. `plug`: the engine's; what a front
+        end submits in `with backend.plug():` is handed over together."""
         self.root = root
         self.size = root.size
         self.read_only = root.read_only
         self.filename = root.filename
         self.nursery = nursery
+        self.plug = plug
         self.misses: Counter[Miss] = Counter()
         self.requests: Counter[str] = Counter()
         self._epochs = epochs
@@ -200,11 +204,13 @@ class BlockBackend:
         await self.root.flush()
 
     async def block_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
-        """What the range consists of, neighbours alike joined; at least the first extent, and
-        with `one` only that. The lengths add up to at most `length`."""
+        """What the range consists of, neighbours alike joined; at least the first extent, or its
+        beginning, and with `one` only that. The lengths add up to at most `length`."""
         extents: list[Extent] = []
         with self._request("block_status", offset, length):
-            while length and len(extents) < MAX_EXTENTS:
+            for _ in range(MAX_EXTENTS):
+                if not length or len(extents) >= MAX_EXTENTS:
+                    break
                 for piece in await self.root.block_status(offset, length):
                     last = extents[-1] if extents else None
                     if last is not None and last[1:] == piece[1:]:
@@ -237,7 +243,8 @@ class BlockBackend:
         }
 
 
-# A block status answer holds at most this many extents; the client asks again for the rest.
+# A block status answer holds about this many extents at most, and is made of as many looks at the
+# root; the client asks again for the rest.
 MAX_EXTENTS = 2048
 
 

@@ -40,11 +40,26 @@ DISCARD_MODES: dict[str, Discard] = {
 }
 """Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
 
+DEFAULT_CACHE = "writeback"
+
 DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return parse_size(value, f"--{param.name}")
+
+
+def _once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """The value of an option that qemu-nbd takes once only; None if it was not given."""
+    if len(values) > 1:
+        raise ConfigError(f"--{param.name} can only be specified once")
+    return values[0] if values else None
+
+
+def _integer(minimum: int, maximum: int | None = None) -> click.IntRange:
+    kind = click.IntRange(minimum, maximum)
+    kind.name = "integer"  # as its errors call it; by itself "integer range"
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
     """A decorator that adds the image argument and every option both commands have."""
     option = click.option
     parameters = [
-        option("-p", "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT,
+        option("-p", "--port", metavar="PORT", type=_integer(0, 65535), default=DEFAULT_PORT,
                show_default=True, help="TCP port; 0 lets the system choose."),
         option("-b", "--bind", metavar="HOST", default=defaults.bind, show_default=True,
                help="Address or host name to listen on; empty for every IPv4 and IPv6 address."),
@@ -73,14 +88,16 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                help="Name of the export; empty by default."),
         option("-D", "--description", metavar="TEXT", default="",
                help="Description shown to clients that list exports."),
-        option("-e", "--shared", metavar="N", type=click.IntRange(min=0), default=defaults.shared,
+        option("-e", "--shared", metavar="N", type=_integer(0), default=defaults.shared,
                show_default=True, help="How many clients at a time; 0 for any number."),
         option("-o", "--offset", callback=_bytes, default="0", metavar="SIZE",
-               help="Serve the disk from this byte on."),
-        option("--cache", type=click.Choice(list(CACHE_MODES)), default="writeback",
-               show_default=True, help="Cache mode."),
-        option("--discard", type=click.Choice(list(DISCARD_MODES)), default=defaults.discard,
-               show_default=True, help="Whether a client's trim frees space in the image."),
+               help="Serve the disk from this byte on (suffixes k, M, G, ...)."),
+        option("--cache", type=click.Choice(list(CACHE_MODES)), multiple=True, callback=_once,
+               show_default=DEFAULT_CACHE,
+               help="Cache mode; none and directsync are not supported yet."),
+        option("--discard", type=click.Choice(list(DISCARD_MODES)), multiple=True, callback=_once,
+               default=[defaults.discard], show_default=True,
+               help="Whether a client's trim frees space in the image."),
         option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)), default="off",
                show_default=True, help="Turn writes of zeroes into write-zeroes requests."),
         option("--pid-file", metavar="PATH", help="Write the server's process id to this file."),
@@ -109,7 +126,7 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
             filename=options["image"],
             format=options["format"],
             read_only=options["read_only"],
-            cache=_cache_mode(options["cache"]),
+            cache=_cache_mode(options["cache"] or DEFAULT_CACHE),
             discard=DISCARD_MODES[options["discard"]],
             detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
             offset=options["offset"],

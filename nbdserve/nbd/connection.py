@@ -166,6 +166,7 @@ class Connection:
 
     def _begin(self, session: Transmission) -> None:
         self._backend = session.export.backend
+        self._plug = self._backend.plug
         self._validate = Validator.of(session).validate
         self._structured = session.structured_replies
         self._size = session.size
@@ -212,10 +213,10 @@ class Connection:
             self._wanted = events
             self._poller.want(self._sock.fileno(), events)
 
-    def _on_event(self) -> bool:
+    def _on_event(self) -> int:
         """The socket is ready for what was wanted, or may be. Never raises.
 
-        True: something was done, there may be more to do at once.
+        Returns how many requests were done; 0 if there is nothing more to do at once.
         """
         try:
             if self._outbox.pending:
@@ -235,23 +236,25 @@ class Connection:
             # A bug of ours; the other clients shall not suffer from it.
             self._log.exception("internal error")
             self._lose(OSError(errno.EIO, f"internal error: {error!r}"))
-        return False
+        return 0
 
-    def _step(self) -> bool:
+    def _step(self) -> int:
         """One batch: of requests left over, else of bytes at hand, else of what the socket has."""
         if self._late.full:
             self._want(0)  # _send_late wakes us
-            return False
+            return 0
         if self._next >= len(self._requests):
             self._requests = self._buffer.parse(BATCH) or self._receive()
             self._next = 0
             if not self._requests:
                 self._want(READABLE)
                 return self._received
-        self._execute()
+        first = self._next
+        with self._plug():
+            self._execute()
         if self._outbox.pending:
             self._want(WRITABLE)
-        return not self._outbox.pending and not self._ended.is_set()
+        return 0 if self._outbox.pending or self._ended.is_set() else self._next - first
 
     def _receive(self) -> list[Request]:
         self._received = False
