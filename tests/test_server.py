@@ -53,6 +53,13 @@ class FakeBackend:
     read_only = False
     filename = "disk.qcow2"
 
+    def __init__(self, world):
+        self.world = world
+
+    def drain_begin(self):
+        asked = [connection.asked.is_set() for connection in self.world.connections]
+        self.world.happened.append(f"drained before {len(asked) - sum(asked)} were asked to end")
+
 
 class FakeConnection:
     """Speaks lines. "go" reaches transmission, "bug" raises, "hold" has a request in flight that
@@ -104,7 +111,8 @@ def world(monkeypatch):
             raise world.open_error
         world.happened.append("opened")
         try:
-            yield FakeBackend()
+            world.backend = FakeBackend(world)
+            yield world.backend
         finally:
             with trio.CancelScope(shield=True):
                 await trio.sleep(0.01)

@@ -137,6 +137,12 @@ class Node:
     async def flushed(self) -> None:
         """Called when a whole flush has succeeded: what waited for durability may go on."""
 
+    def drain_begin(self) -> None:
+        """From now on hold no request up but for its I/O; let go those that are held up already.
+
+        After QEMU's bdrv_drained_begin, for the end only: there is no way back.
+        """
+
     async def close(self) -> None:
         """Flush what the node still holds back and release it; children are closed afterwards."""
 

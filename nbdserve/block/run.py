@@ -42,6 +42,7 @@ class Miss(enum.Enum):
     OPAQUE = "the node must see every byte"
     WOULD_BLOCK = "the data is not in the page cache"
     READ_ONLY = "the node does not take writes"
+    THROTTLED = "the limits of a throttle do not allow it yet"
 
 
 Run = tuple["Leaf | None", int, int]
