@@ -19,9 +19,15 @@ NAME = b"slow"
 class Account:
     """A throttle that lets all go, or as many as `left` says, and writes down who went."""
 
-    def __init__(self, left=1 << 30):
-        self.left = left
+    def __init__(self):
+        self.more = trio.Event()
+        self.left = 1 << 30
         self.went = []
+
+    def allow(self, number):
+        self.left = number
+        self.more.set()
+        self.more = trio.Event()
 
     def admit_nowait(self, op, nb_bytes):
         if self.left:
@@ -36,10 +42,10 @@ class Account:
 
     async def admit(self, op, nb_bytes):
         while not self.admit_nowait(op, nb_bytes):
-            await trio.sleep(0.001)
+            await self.more.wait()
 
     def drain_begin(self):
-        self.left = 1 << 30
+        self.allow(1 << 30)
 
     def statistics(self):
         return {}
@@ -77,8 +83,8 @@ async def test_every_request_is_paid_for_once(slow, structured):
                 client.read(0, 512),
                 client.read(100, 40000),
                 client.write(512, b"x" * 700),
-                client.request(WRITE_ZEROES, 4096, 8192),
-                client.request(TRIM, 8192, 4096),
+                client.request(WRITE_ZEROES, 1 << 19, 8192),
+                client.request(TRIM, 1 << 19, 4096),
                 client.request(CACHE, 0, 1000),
                 client.request(FLUSH),
             )
@@ -96,7 +102,7 @@ async def test_of_a_sparse_read_only_the_data_is_paid_for_and_once(slow, left):
     for block in (1, 4, 9):
         leaf.holes.add(block)
         leaf.data[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
-    account.left = left
+    account.allow(left)
     client = await world.connect(name=NAME)
     await client.send(client.read(0, 64 << 10))
     await settle()
@@ -161,7 +167,7 @@ async def test_who_leaves_while_it_waits_is_waited_for_no_longer_than_it_must(sl
     await client.send(client.write(0, b"last words"))
     await settle()
     client.sock.close()
-    account.left = 1
+    account.allow(1)
     await client.ended.wait()
     assert leaf.data[:10] == b"last words"
 
