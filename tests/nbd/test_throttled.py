@@ -106,7 +106,7 @@ async def test_of_a_sparse_read_only_the_data_is_paid_for_and_once(slow, left):
     client = await world.connect(name=NAME)
     await client.send(client.read(0, 64 << 10))
     await settle()
-    account.left = 100
+    account.allow(100)
     answer = await client.answer()
     assert answer.data == leaf.data[: 64 << 10]
     assert total(account, READ) == (64 << 10) - 3 * BLOCK
@@ -123,7 +123,7 @@ async def test_what_is_held_up_is_answered_later_and_a_flush_at_once(slow):
     assert len(client.sent) == 50  # still awaited: it was the flush that was answered
     assert [name for name, *_ in leaf.calls] == ["flush"]
     assert backend.misses[Miss.THROTTLED] == 50
-    account.left = 100
+    account.allow(100)
     assert {answer.error for answer in await client.answers(50)} == {0}
     assert leaf.data[: 50 * 512] == b"".join(bytes([number]) * 512 for number in range(50))
 
@@ -143,7 +143,7 @@ async def test_who_waits_for_the_throttle_holds_nobody_else_up(slow):
         # Nothing needs the other tasks to run, so the poller goes on spinning for this client.
         assert world.poller.busy == 0
     assert account.went == []
-    account.left = 1 << 30
+    account.allow(1 << 30)
     assert {answer.error for answer in await throttled.answers(requests)} == {0}
 
 
