@@ -89,9 +89,8 @@ class Buckets:
         """Seconds from `now` until the next request of that direction may go; 0.0: it may now."""
         elapsed = now - self._leaked
         self._leaked = now
-        if elapsed > 0:
-            for bucket in self._all:
-                bucket.leak(elapsed)
+        for bucket in self._all:
+            bucket.leak(elapsed)
         return max([bucket.wait() for bucket in self._limiting[op]], default=0.0)
 
     def add(self, op: Op, nb_bytes: int) -> None:

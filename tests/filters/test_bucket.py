@@ -156,10 +156,22 @@ def test_what_is_taken_back_was_never_there():
     other.add(WRITE, 7777)
     other.take_back(WRITE, 7777)
     assert one.wait(WRITE, 0.1) == pytest.approx(other.wait(WRITE, 0.1))
+
+
+def test_no_bucket_is_emptier_than_empty():
+    """What leaked meanwhile cannot be taken back."""
+    limits = ThrottleLimits(iops_write=RateLimit(10), bps_write=RateLimit(1, 1000, 2))
+    buckets = Buckets(limits, 0.0)
     for _ in range(3):
-        one.take_back(WRITE, 8000)  # never below empty
-    one.add(WRITE, 512)
-    assert one.wait(WRITE, 0.1) == 0
+        buckets.take_back(WRITE, 50)
+    buckets.add(WRITE, 1)
+    assert buckets.wait(WRITE, 0.0) == 0
+    buckets.add(WRITE, 1)
+    assert buckets.wait(WRITE, 0.0) == pytest.approx((2 - 1) / 10)
+    only_bytes = Buckets(ThrottleLimits(bps_write=RateLimit(1, 1000, 2)), 0.0)
+    only_bytes.take_back(WRITE, 500)
+    only_bytes.add(WRITE, 200)
+    assert only_bytes.wait(WRITE, 0.0) == pytest.approx((200 - 100) / 1000)
 
 
 # --- any sequence ----------------------------------------------------------------------------

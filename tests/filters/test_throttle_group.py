@@ -183,17 +183,36 @@ async def test_nobody_jumps_the_queue(autojump_clock):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: requests(one, 4, depth=4))
         await trio.testing.wait_all_tasks_blocked()
+        autojump_clock.jump(0.15)  # their task could not run yet
         assert not other.admit_nowait(READ, 1)
         start = trio.current_time()
         await other.admit(READ, 1)
-        assert trio.current_time() - start == pytest.approx(0.2)
+        assert trio.current_time() - start == pytest.approx(0.05)
+
+
+async def test_when_a_deadline_comes_one_goes_whatever_the_other_lane_did(autojump_clock):
+    """Two fit in; of the two that wait each goes after 0.1 s, and the debt is the next ones'."""
+    member, gone = iops(10).join(), []
+
+    async def one(op):
+        await member.admit(op, 1)
+        gone.append((op, round(trio.current_time() - start, 6)))
+
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for op in (READ, WRITE, READ, WRITE, READ):
+            nursery.start_soon(one, op)
+            await trio.testing.wait_all_tasks_blocked()
+    assert sorted(gone[2:4], key=str) == [(READ, 0.1), (WRITE, 0.1)]
+    assert gone[4] == (READ, pytest.approx(0.25, abs=0.051))
 
 
 # --- limits that change ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("until", "waiting"), [(0.5, 1099), (1.5, 1098)])
 @pytest.mark.parametrize("after", [1000, 10])
-async def test_new_limits_hold_for_those_that_wait(autojump_clock, after):
+async def test_new_limits_hold_for_those_that_wait(autojump_clock, after, until, waiting):
     group = iops(1)
     member, took = group.join(), []
 
@@ -202,11 +221,11 @@ async def test_new_limits_hold_for_those_that_wait(autojump_clock, after):
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
-        await trio.sleep(0.5)  # of 1 s that the second one would have to wait
-        assert member.statistics().waiting == 1099
+        await trio.sleep(until)  # the next ones would go at 0.9 s and 1.9 s
+        assert member.statistics().waiting == waiting
         group.limits = ThrottleLimits(iops_total=RateLimit(after))
-    left = 1099 - after / 10 - 1
-    assert took[0] - 0.5 == pytest.approx(left / after, rel=1e-3)
+    left = waiting - after / 10 - 1
+    assert took[0] - until == pytest.approx(left / after, rel=1e-3)
     assert idle(group)
 
 
@@ -304,6 +323,17 @@ async def test_draining_lets_all_of_one_member_go(autojump_clock):
         assert stopping.admit_nowait(WRITE, 1 << 40)
         assert done[None] - before <= 1
         nursery.cancel_scope.cancel()
+
+
+async def test_draining_at_the_very_moment_of_the_deadline(autojump_clock):
+    member = iops(1).join()
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(member.admit, READ, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        autojump_clock.jump(5)
+        member.drain_begin()
+    assert member.statistics().admitted == 3
 
 
 async def test_who_left_is_not_waited_for(autojump_clock):
