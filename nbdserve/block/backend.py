@@ -38,7 +38,13 @@ __all__ = ["BlockBackend"]
 
 
 class BlockBackend:
-    """A drive: `root` is the tree, `nursery` where requests run that outlive their client."""
+    """A drive: `root` is the tree, `nursery` where requests run that outlive their client.
+
+    `throttled`: whether requests may wait for their turn (block/throttled.py). `on_wait` is called
+    with 1 when one begins to and with -1 when it ends.
+    """
+
+    throttled = False
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class BlockBackend:
         self.plug = plug
         self.misses: Counter[Miss] = Counter()
         self.requests: Counter[str] = Counter()
+        self.on_wait: Callable[[int], object] = lambda requests: None
         self._epochs = epochs
         self._resolve = root.resolve
         self._write_cache = write_cache
@@ -228,19 +235,26 @@ class BlockBackend:
         if fua or not self._write_cache:
             await self.root.flush()
 
+    def drain_begin(self) -> None:
+        """From now on hold no request up but for its I/O: the server is stopping."""
+        for _, node in self._nodes():
+            node.drain_begin()
+
     def statistics(self) -> dict[str, object]:
         """Counters since the image was opened, of the backend and all nodes."""
-        nodes: dict[str, object] = {}
-        pending = [("root", self.root)]
-        while pending:
-            role, node = pending.pop()
-            nodes[role] = node.statistics()
-            pending += [(f"{role}.{name}", child) for name, child in node.children.items()]
         return {
             "requests": dict(self.requests),
             "misses": {miss.name: count for miss, count in self.misses.items()},
-            "nodes": nodes,
+            "nodes": {role: node.statistics() for role, node in self._nodes()},
         }
+
+    def _nodes(self) -> Iterator[tuple[str, Node]]:
+        """(role, node) of the tree, the root first; a role tells the way from there."""
+        pending = [("root", self.root)]
+        while pending:
+            role, node = pending.pop()
+            yield role, node
+            pending += [(f"{role}.{name}", child) for name, child in node.children.items()]
 
 
 # A block status answer holds about this many extents at most, and is made of as many looks at the

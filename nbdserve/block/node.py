@@ -134,6 +134,12 @@ class Node:
     async def flush_to_disk(self) -> None:
         """Sync what this node itself stores; only leaves store anything."""
 
+    def drain_begin(self) -> None:
+        """From now on hold no request up but for its I/O; let go those that are held up already.
+
+        After QEMU's bdrv_drained_begin, for the end only: there is no way back.
+        """
+
     async def close(self) -> None:
         """Flush what the node still holds back and release it; children are closed afterwards."""
 

@@ -40,6 +40,7 @@ class Miss(enum.Enum):
     COMPRESSED = "the data is compressed"
     OPAQUE = "the node must see every byte"
     WOULD_BLOCK = "the data is not in the page cache"
+    THROTTLED = "the limits of a throttle do not allow it yet"
 
 
 Run = tuple["Leaf | None", int, int]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nbdserve.cli.throttle import parse_throttle
 from nbdserve.config import (
     CACHE_MODES,
     DEFAULT_PORT,
@@ -100,6 +101,9 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                help="Whether a client's trim frees space in the image."),
         option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)), default="off",
                show_default=True, help="Turn writes of zeroes into write-zeroes requests."),
+        option("--throttle", metavar="KEY=VALUE,...", multiple=True,
+               help="Limit bytes (bps-total, bps-read, bps-write) and requests (iops-...) a second;"
+               " bursts with -max and -max-length; iops-size; group."),
         option("--pid-file", metavar="PATH", help="Write the server's process id to this file."),
         option("--fork", is_flag=True,
                help="Go to the background; return once clients are accepted."),
@@ -130,6 +134,7 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
             discard=DISCARD_MODES[options["discard"]],
             detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
             offset=options["offset"],
+            throttle=parse_throttle(options["throttle"]),
         ),
         export=ExportConfig(options["export_name"], options["description"]),
         listen=ListenConfig(options["bind"], options["port"], options["socket"]),

@@ -338,7 +338,14 @@ class Connection:
             self._log.debug("%s: %d", message, error)
             reply = replies.error_reply(cookie, error, message, structured=self._structured)
             return self._put(fill, reply)
-        if head == PLAIN_READ and HOLES_FROM <= length <= MAX_INLINE and self._structured:
+        # With a throttle not: of several pieces the first would be charged twice if a later one
+        # had to wait.
+        if (
+            head == PLAIN_READ
+            and HOLES_FROM <= length <= MAX_INLINE
+            and self._structured
+            and not self._backend.throttled
+        ):
             return self._read_sparse(request, fill)
         self._start_late(request)
         return fill

@@ -18,7 +18,9 @@ us on one, it waits for us.
 
 Law: the other tasks must not starve. While requests run as tasks (`busy`) every round ends in a
 checkpoint and there is no spinning; otherwise a checkpoint comes at least each `SLICE`. A handler
-does one bounded batch and returns.
+does one bounded batch and returns. A request that only waits for its turn at a throttle needs no
+task to run, so it is taken out of `busy` meanwhile: else one throttled client would cost all others
+the spinning.
 """
 
 from __future__ import annotations
@@ -94,6 +96,11 @@ class Poller:
         else:
             self._epoll.register(fd, events)
         self._armed[fd] = events
+
+    def waits(self, requests: int) -> None:
+        """So many requests that run as tasks begin to wait for nothing but time; with a negative
+        number they end it."""
+        self.busy -= requests
 
     async def run(self) -> None:
         """Until cancelled."""
