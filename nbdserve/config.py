@@ -160,7 +160,7 @@ class ThrottleConfig:
         if self.group == "":
             raise ConfigError("--throttle: the group's name is empty")
         if self.group is None and not self.limits.options():
-            raise ConfigError("--throttle: neither a limit nor a group")
+            raise ConfigError("--throttle: no limit is given")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                show_default=True, help="Turn writes of zeroes into write-zeroes requests."),
         option("--throttle", metavar="KEY=VALUE,...", multiple=True,
                help="Limit bytes (bps-total, bps-read, bps-write) and requests (iops-...) a second;"
-               " bursts with -max and -max-length; iops-size; group."),
+               " bursts with -max and -max-length; iops-size."),
         option("--pid-file", metavar="PATH", help="Write the server's process id to this file."),
         option("--fork", is_flag=True,
                help="Go to the background; return once clients are accepted."),

@@ -48,8 +48,9 @@ def parse_throttle(values: Iterable[str]) -> ThrottleConfig | None:
             pairs[key] = value
     if not pairs:
         return None
-    group = pairs.pop("group", None)
-    return ThrottleConfig(_limits(pairs), group)
+    if "group" in pairs:
+        raise ConfigError(f"{OPTION}: group: there is one export only to share limits")
+    return ThrottleConfig(_limits(pairs))
 
 
 def _limits(pairs: dict[str, str]) -> ThrottleLimits:
@@ -75,7 +76,7 @@ def _split(key: str) -> tuple[str, str]:
     known = ", ".join(RATES)
     raise ConfigError(
         f"{OPTION}: unknown key {key!r}; known are {known}, each also with -max and -max-length,"
-        " iops-size and group"
+        " and iops-size"
     )
 
 
