@@ -108,21 +108,21 @@ class ThrottleLimits:
             for name, limit in parts:
                 if total[1].average and limit.average:
                     raise ConfigError(
-                        f"--throttle: {total[0]} and {name} cannot both be set:"
+                        f"{total[0]} and {name} cannot both be set:"
                         " the total counts reads and writes already"
                     )
         _check_range("iops-size", self.iops_size)
         if self.iops_size and not any(
             limit.average for name, limit in self.rates() if name.startswith("iops")
         ):
-            raise ConfigError("--throttle: iops-size needs iops-total, iops-read or iops-write")
+            raise ConfigError("iops-size needs iops-total, iops-read or iops-write")
 
 
 def _check_range(name: str, value: int) -> None:
     if value < 0:
-        raise ConfigError(f"--throttle: {name}: {value} is negative")
+        raise ConfigError(f"{name}: {value} is negative")
     if value > MAX_LIMIT:
-        raise ConfigError(f"--throttle: {name}: {value} is more than {MAX_LIMIT}")
+        raise ConfigError(f"{name}: {value} is more than {MAX_LIMIT}")
 
 
 def _check_rate(name: str, limit: RateLimit) -> None:
@@ -130,18 +130,18 @@ def _check_rate(name: str, limit: RateLimit) -> None:
     _check_range(name, limit.average)
     _check_range(f"{name}-max", limit.maximum)
     if limit.length < 1:
-        raise ConfigError(f"--throttle: {name}-max-length: {limit.length} is less than 1 second")
+        raise ConfigError(f"{name}-max-length: {limit.length} is less than 1 second")
     if limit.length > 1 and not limit.maximum:
-        raise ConfigError(f"--throttle: {name}-max-length needs {name}-max")
+        raise ConfigError(f"{name}-max-length needs {name}-max")
     if limit.maximum and not limit.average:
-        raise ConfigError(f"--throttle: {name}-max needs {name}")
+        raise ConfigError(f"{name}-max needs {name}")
     if limit.maximum and limit.maximum < limit.average:
         raise ConfigError(
-            f"--throttle: {name}-max: {limit.maximum} is below {name}, {limit.average}"
+            f"{name}-max: {limit.maximum} is below {name}, {limit.average}"
         )
     if limit.maximum * limit.length > MAX_LIMIT:
         raise ConfigError(
-            f"--throttle: {name}-max-length: {limit.length} seconds of {limit.maximum} are"
+            f"{name}-max-length: {limit.length} seconds of {limit.maximum} are"
             f" more than {MAX_LIMIT}"
         )
 
@@ -158,9 +158,9 @@ class ThrottleConfig:
 
     def __post_init__(self) -> None:
         if self.group == "":
-            raise ConfigError("--throttle: the group's name is empty")
+            raise ConfigError("the group's name is empty")
         if self.group is None and not self.limits.options():
-            raise ConfigError("--throttle: no limit is given")
+            raise ConfigError("no limit is given")
 
 
 @dataclass(frozen=True, slots=True)
