@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.block.backend import BlockBackend
+from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
-from nbdserve.drivers.file import FileNode, open_file
 from nbdserve.drivers.locks import PERMISSIONS, ImageLock, Role
-from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.drivers.open import open_file
+from nbdserve.engines.start import start_engine
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import Qcow2Node, open_qcow2, read_header
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig
+    from nbdserve.drivers.file import FileNode
+    from nbdserve.engines.engine import Engine
 
 __all__ = ["FORMATS", "locked_for_creation", "open_backend"]
 
@@ -57,9 +60,7 @@ async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
     refused has not been written to. What the body raises comes in an exception group, as from any
     nursery.
     """
-    if config.cache.direct:
-        raise ConfigError(f"--cache={config.cache.name} needs O_DIRECT, which is not built yet")
-    engine = ThreadsEngine()
+    engine = start_engine(config.aio, direct=config.cache.direct)
     opener = _Opener(config, engine)
     try:
         root = await opener.open_root()
@@ -76,6 +77,9 @@ async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
                 write_cache=config.cache.writeback,
                 detect_zeroes=config.detect_zeroes,
                 discard=config.discard == "unmap",
+                direct=config.cache.direct,
+                completions=engine,
+                buffers=opener.buffers,
             )
             nursery.cancel_scope.cancel()
     finally:
@@ -107,8 +111,9 @@ def locked_for_creation(filename: str) -> Iterator[None]:
 class _Opener:
     """Opens nodes and remembers them in order, so that they can be closed in reverse."""
 
-    def __init__(self, config: ImageConfig, engine: ThreadsEngine) -> None:
+    def __init__(self, config: ImageConfig, engine: Engine) -> None:
         self.epochs = Epochs()
+        self.buffers = BufferPool()
         self.opened: list[Node] = []
         self._config = config
         self._engine = engine
@@ -147,6 +152,7 @@ class _Opener:
             read_only=read_only,
             no_flush=self._config.cache.no_flush,
             discard=self._config.discard == "unmap" and not read_only,
+            direct=self.buffers if self._config.cache.direct else None,
         )
         self.opened.append(file)
         self._check_loop(file, chain)

@@ -138,7 +138,7 @@ class _Server:
         self._stop = stop
         self._connections: set[Connection] = set()
         self._room = trio.lowlevel.ParkingLot()
-        self._poller = Poller()
+        self._poller = Poller(exports[0].backend.completions)
 
     async def run(self) -> None:
         """Accept until ``stop``; return when every connection has ended or was cut off."""

@@ -16,7 +16,7 @@ import click
 from nbdserve.config import (
     CACHE_MODES,
     DEFAULT_PORT,
-    CacheMode,
+    Aio,
     DetectZeroes,
     Discard,
     ExportConfig,
@@ -24,7 +24,6 @@ from nbdserve.config import (
     ListenConfig,
     ServeConfig,
 )
-from nbdserve.errors import ConfigError
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
@@ -39,6 +38,8 @@ DISCARD_MODES: dict[str, Discard] = {
     "on": "unmap",
 }
 """Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
+
+AIO_MODES: dict[str, Aio] = {"threads": "threads", "io_uring": "io_uring", "native": "native"}
 
 DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
 
@@ -79,6 +80,9 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                help="Serve the disk from this byte on."),
         option("--cache", type=click.Choice(list(CACHE_MODES)), default="writeback",
                show_default=True, help="Cache mode."),
+        option("--aio", type=click.Choice(list(AIO_MODES)),
+               help="I/O engine; by default io_uring with O_DIRECT (--cache=none, directsync), else"
+               " threads. native needs O_DIRECT."),
         option("--discard", type=click.Choice(list(DISCARD_MODES)), default=defaults.discard,
                show_default=True, help="Whether a client's trim frees space in the image."),
         option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)), default="off",
@@ -109,10 +113,11 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
             filename=options["image"],
             format=options["format"],
             read_only=options["read_only"],
-            cache=_cache_mode(options["cache"]),
+            cache=CACHE_MODES[options["cache"]],
             discard=DISCARD_MODES[options["discard"]],
             detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
             offset=options["offset"],
+            aio=AIO_MODES[options["aio"]] if options["aio"] is not None else None,
         ),
         export=ExportConfig(options["export_name"], options["description"]),
         listen=ListenConfig(options["bind"], options["port"], options["socket"]),
@@ -121,10 +126,3 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
         pid_file=options["pid_file"],
         verbose=options["verbose"],
     )
-
-
-def _cache_mode(name: str) -> CacheMode:
-    mode = CACHE_MODES[name]
-    if mode.direct:
-        raise ConfigError(f"--cache: {name} needs O_DIRECT, which is not supported yet")
-    return mode
