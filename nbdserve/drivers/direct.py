@@ -83,7 +83,7 @@ class DirectFileNode(FileNode):
 
     def submit_read(self, offset: int, buffer: memoryview, done: Done) -> None:
         length = len(buffer)
-        if not (offset | length) & self._in_block and self.is_aligned(buffer):
+        if not ((offset | length) & self._in_block or address_of(buffer) & self._in_memory):
             self._engine.submit_read(self.fd, buffer, offset, done)
             return
         self._bounced += 1

@@ -50,7 +50,15 @@ class Request:
                  "progress", "vector")  # fmt: skip
 
     def __init__(
-        self, kind: int, fd: int, address: int, length: int, offset: int, flags: int, done: Done
+        self,
+        kind: int,
+        fd: int,
+        address: int,
+        length: int,
+        offset: int,
+        flags: int,
+        done: Done,
+        data: Sequence[Buffer] = (),
     ) -> None:
         self.kind = kind
         self.fd = fd
@@ -60,7 +68,7 @@ class Request:
         self.flags = flags
         self.done = done
         self.progress = False
-        self.data: Sequence[Buffer] = ()
+        self.data = data
         self.vector: ctypes.Array[ctypes.c_size_t] | None = None
 
 
@@ -108,8 +116,7 @@ class KernelQueue:
     # --- submission ----------------------------------------------------------------------------
 
     def submit_read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
-        request = Request(READ, fd, address_of(buffer), len(buffer), offset, 0, done)
-        request.data = (buffer,)
+        request = Request(READ, fd, address_of(buffer), len(buffer), offset, 0, done, (buffer,))
         self._add(request)
 
     def submit_write(
@@ -146,8 +153,7 @@ class KernelQueue:
         if len(self._pending) >= self._depth:
             self._backlog.append(request)
             return
-        tag = self._next_tag
-        self._next_tag = tag + 1
+        self._next_tag = tag = self._next_tag + 1
         self._pending[tag] = request
         self._prepared.append(tag)
         self._prepare(tag, request)

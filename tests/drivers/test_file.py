@@ -20,11 +20,11 @@ from fakes import no_descriptor_left
 from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.drivers import file as file_module
 from nbdserve.drivers.file import MAX_PIECES, FileNode
-from nbdserve.drivers.open import open_file
-from nbdserve.engines.transfer import IOV_MAX, write_all
 from nbdserve.drivers.locks import PERMISSIONS, Role
+from nbdserve.drivers.open import open_file
 from nbdserve.engines import syscalls
 from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.engines.transfer import IOV_MAX, write_all
 from nbdserve.errors import ImageError, LockedError
 
 BLOCK = 4096
