@@ -32,7 +32,7 @@ class BufferPool:
         self._free_bytes = 0
 
     def take(self, length: int) -> memoryview:
-        """A writable buffer of at least `length` bytes, aligned to a page; its content is undefined.
+        """A writable buffer of at least `length` bytes, aligned to a page, content undefined.
 
         Use a slice of it, and give the whole back.
         """

@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 
 import pytest
 import trio
@@ -144,18 +145,20 @@ async def test_a_cancelled_zeroing_that_waits_leaves_the_gate(tmp_path, open_dir
     assert node.gate.statistics() == (0, 0)
 
 
-async def test_a_file_system_in_memory_is_refused(engine):
-    path = f"/dev/shm/nbdserve-test-{os.getpid()}"
-    try:
-        with open(path, "wb") as file:
-            file.write(bytes(4096))
-    except OSError:
+@pytest.fixture
+def in_memory():
+    """A file of a block in a tmpfs."""
+    if not os.path.isdir("/dev/shm"):
         pytest.skip("no /dev/shm here")
-    try:
-        with pytest.raises(ImageError, match="O_DIRECT; use --cache=writeback"):
-            open_file(path, engine, read_only=True, direct=BufferPool())
-    finally:
-        os.unlink(path)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.write(bytes(4096))
+        file.flush()
+        yield file.name
+
+
+async def test_a_file_system_in_memory_is_refused(engine, in_memory):
+    with pytest.raises(ImageError, match="O_DIRECT; use --cache=writeback"):
+        open_file(in_memory, engine, read_only=True, direct=BufferPool())
 
 
 @pytest.mark.parametrize("taken", [512, 1024, 2048, 4096])

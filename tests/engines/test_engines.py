@@ -75,12 +75,12 @@ async def test_a_write_is_whole(engine, file, data, dsync):
 async def test_a_sync_and_errors(engine, file):
     await completion(lambda done: engine.submit_fsync(file[0], done))
     read_end, write_end = os.pipe()
-    with pytest.raises(OSError, match=".") as caught:
+    with pytest.raises(OSError, match=r".") as caught:
         await completion(lambda done: engine.submit_fsync(read_end, done))
     assert caught.value.errno == errno.EINVAL
     os.close(read_end)
     os.close(write_end)
-    with pytest.raises(OSError, match=".") as caught:
+    with pytest.raises(OSError, match=r".") as caught:
         await read(engine, read_end, 0, 1)
     assert caught.value.errno == errno.EBADF
 
@@ -213,7 +213,7 @@ async def test_a_kernel_that_is_busy_is_asked_again(ring, file, monkeypatch):
 async def test_a_kernel_that_refuses_fails_the_requests(ring, file, monkeypatch):
     fd, content = file
     monkeypatch.setattr(ring, "_hand_over", lambda number: -errno.EAGAIN)
-    with pytest.raises(OSError, match=".") as caught:
+    with pytest.raises(OSError, match=r".") as caught:
         await read(ring, fd, 0, 512)
     assert caught.value.errno == errno.EAGAIN
     monkeypatch.undo()
