@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -72,7 +73,7 @@ class Request:
         self.vector: ctypes.Array[ctypes.c_size_t] | None = None
 
 
-class KernelQueue:
+class KernelQueue(ABC):
     """The common part; see engines/engine.py for what the public methods mean."""
 
     name: str
@@ -97,21 +98,21 @@ class KernelQueue:
         self._waiting = trio.CancelScope()
         self._closed = False
 
+    @abstractmethod
     def _prepare(self, tag: int, request: Request) -> None:
         """Write the request down for the next `_hand_over`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hand_over(self, nb_requests: int) -> int:
         """Give the kernel what was prepared: how many it took, or -errno."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _completions(self) -> list[tuple[int, int]]:
         """(tag, result or -errno) of what is done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _withdraw(self, error: int) -> int:
         """How many of those prepared, from the oldest on, fail with an error of `_hand_over`."""
-        raise NotImplementedError
 
     # --- submission ----------------------------------------------------------------------------
 
