@@ -42,8 +42,6 @@ DEPTH = 256
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 
-# Completions wait for our next system call and do not interrupt us (Linux 5.19).
-_SETUP_COOP_TASKRUN = 1 << 8
 _FEATURES = 1 << 0 | 1 << 1 | 1 << 3  # one mapping for both rings; no drops; READ and WRITE
 _REGISTER_EVENTFD = 4
 _OFFSET_SQES = 0x10000000
@@ -87,11 +85,9 @@ class IoUringEngine(KernelQueue):
         trio.lowlevel.spawn_system_task(self._watch)
 
     def _setup(self, params: ctypes.Array[ctypes.c_char]) -> int:
-        for flags in (_SETUP_COOP_TASKRUN, 0):
-            _PARAMS_HEAD.pack_into(params, 0, 0, 0, flags, 0, 0, 0)
-            fd: int = self._syscall(_SETUP, DEPTH, ctypes.addressof(params), 0, 0, 0, 0)
-            if fd >= 0 or ctypes.get_errno() != errno.EINVAL:
-                break
+        # No flags: with COOP_TASKRUN, where completions wait for our next system call, 4 KiB random
+        # reads 32 deep were slower by a sixth.
+        fd: int = self._syscall(_SETUP, DEPTH, ctypes.addressof(params), 0, 0, 0, 0)
         if fd < 0:
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
