@@ -12,7 +12,7 @@ Names and meanings are QEMU's (docs/interop/qemu-nbd, block/ `bdrv_parse_cache_m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from nbdserve.errors import ConfigError
@@ -56,6 +56,114 @@ CACHE_MODES: dict[str, CacheMode] = {
 """The modes by their name on the command line (follows ``bdrv_parse_cache_mode``)."""
 
 
+MAX_LIMIT = 10**15
+"""Largest value of a throttle's limits, and of a maximum times its length (THROTTLE_VALUE_MAX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """What may go in a second: ``average`` in the long run, ``maximum`` in a burst, which lasts
+    ``length`` seconds. In bytes or operations; 0 is no limit, and no burst of its own."""
+
+    average: int = 0
+    maximum: int = 0
+    length: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleLimits:
+    """All limits of a throttle. ``iops_size``: one operation of more bytes counts as several.
+
+    Names, meanings and rules are QEMU's (ThrottleLimits of qapi/block-core.json,
+    ``throttle_is_valid``).
+    """
+
+    bps_total: RateLimit = RateLimit()
+    bps_read: RateLimit = RateLimit()
+    bps_write: RateLimit = RateLimit()
+    iops_total: RateLimit = RateLimit()
+    iops_read: RateLimit = RateLimit()
+    iops_write: RateLimit = RateLimit()
+    iops_size: int = 0
+
+    def rates(self) -> list[tuple[str, RateLimit]]:
+        """(option, limit) of the six, the total of each unit first."""
+        names = [field.name for field in fields(self) if field.name != "iops_size"]
+        return [(name.replace("_", "-"), getattr(self, name)) for name in names]
+
+    def options(self) -> dict[str, int]:
+        """The options that say the same, without those that have their defaults."""
+        found: dict[str, int] = {}
+        for name, limit in self.rates():
+            length = limit.length if limit.length != 1 else 0
+            found |= {name: limit.average, f"{name}-max": limit.maximum}
+            found |= {f"{name}-max-length": length}
+        found["iops-size"] = self.iops_size
+        return {name: value for name, value in found.items() if value}
+
+    def __post_init__(self) -> None:
+        for name, limit in self.rates():
+            _check_rate(name, limit)
+        for unit in ("bps", "iops"):
+            total, *parts = (pair for pair in self.rates() if pair[0].startswith(unit))
+            for name, limit in parts:
+                if total[1].average and limit.average:
+                    raise ConfigError(
+                        f"--throttle: {total[0]} and {name} cannot both be set:"
+                        " the total counts reads and writes already"
+                    )
+        _check_range("iops-size", self.iops_size)
+        if self.iops_size and not any(
+            limit.average for name, limit in self.rates() if name.startswith("iops")
+        ):
+            raise ConfigError("--throttle: iops-size needs iops-total, iops-read or iops-write")
+
+
+def _check_range(name: str, value: int) -> None:
+    if value < 0:
+        raise ConfigError(f"--throttle: {name}: {value} is negative")
+    if value > MAX_LIMIT:
+        raise ConfigError(f"--throttle: {name}: {value} is more than {MAX_LIMIT}")
+
+
+def _check_rate(name: str, limit: RateLimit) -> None:
+    """The rules within one limit, in an order that names what is missing first."""
+    _check_range(name, limit.average)
+    _check_range(f"{name}-max", limit.maximum)
+    if limit.length < 1:
+        raise ConfigError(f"--throttle: {name}-max-length: {limit.length} is less than 1 second")
+    if limit.length > 1 and not limit.maximum:
+        raise ConfigError(f"--throttle: {name}-max-length needs {name}-max")
+    if limit.maximum and not limit.average:
+        raise ConfigError(f"--throttle: {name}-max needs {name}")
+    if limit.maximum and limit.maximum < limit.average:
+        raise ConfigError(
+            f"--throttle: {name}-max: {limit.maximum} is below {name}, {limit.average}"
+        )
+    if limit.maximum * limit.length > MAX_LIMIT:
+        raise ConfigError(
+            f"--throttle: {name}-max-length: {limit.length} seconds of {limit.maximum} are"
+            f" more than {MAX_LIMIT}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleConfig:
+    """Limits, and the name of the group they are shared in; None: they are not shared.
+
+    A group without limits here takes those that another member set; else the last set win.
+    """
+
+    limits: ThrottleLimits = ThrottleLimits()
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.group == "":
+            raise ConfigError("--throttle: the group's name is empty")
+        if self.group is None and not self.limits.options():
+            raise ConfigError("--throttle: no limit is given")
+
+
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
     """The image to open, and the window of it to serve.
@@ -73,6 +181,7 @@ class ImageConfig:
     detect_zeroes: DetectZeroes = "off"
     offset: int = 0
     aio: Aio | None = None
+    throttle: ThrottleConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.filename:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,16 +23,18 @@ import trio
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
+from nbdserve.block.throttled import ThrottledBackend
 from nbdserve.drivers.locks import PERMISSIONS, ImageLock, Role
 from nbdserve.drivers.open import open_file
 from nbdserve.engines.start import start_engine
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
+from nbdserve.filters.throttle_group import ThrottleGroups, ThrottleMember
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import Qcow2Node, open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig
@@ -53,8 +56,12 @@ PROTOCOL = re.compile("(?P<name>[^/:]*):")
 
 
 @asynccontextmanager
-async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
+async def open_backend(
+    config: ImageConfig, groups: ThrottleGroups | None = None
+) -> AsyncIterator[BlockBackend]:
     """The image of a configuration, open for the body.
+
+    `groups`: the throttle groups that backends share, for a throttle that names one.
 
     Leaving flushes and closes it. Raises ImageError, ConfigError, OSError; an image that is
     refused has not been written to. What the body raises comes in an exception group, as from any
@@ -66,22 +73,13 @@ async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
         root = await opener.open_root()
         # What is still running when the body is left, requests and the nodes' own tasks, is cut
         # off before nodes close.
-        async with trio.open_nursery() as nursery:
-            for node in opener.opened:
-                if isinstance(node, Qcow2Node) and not node.read_only:
-                    nursery.start_soon(node.settle)
-            yield BlockBackend(
-                root,
-                opener.epochs,
-                nursery,
-                write_cache=config.cache.writeback,
-                detect_zeroes=config.detect_zeroes,
-                discard=config.discard == "unmap",
-                direct=config.cache.direct,
-                completions=engine,
-                buffers=opener.buffers,
-            )
-            nursery.cancel_scope.cancel()
+        with _membership(config, groups) as throttle:
+            async with trio.open_nursery() as nursery:
+                for node in opener.opened:
+                    if isinstance(node, Qcow2Node) and not node.read_only:
+                        nursery.start_soon(node.settle)
+                yield _new_backend(root, opener, nursery, throttle, config, engine)
+                nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             try:
@@ -89,6 +87,49 @@ async def open_backend(config: ImageConfig) -> AsyncIterator[BlockBackend]:
                 await opener.close()
             finally:
                 engine.close()
+
+
+def _new_backend(
+    root: Node,
+    opener: _Opener,
+    nursery: trio.Nursery,
+    throttle: ThrottleMember | None,
+    config: ImageConfig,
+    engine: Engine,
+) -> BlockBackend:
+    new: Callable[..., BlockBackend] = BlockBackend
+    if throttle is not None:
+        new = partial(ThrottledBackend, throttle=throttle)
+    return new(
+        root,
+        opener.epochs,
+        nursery,
+        write_cache=config.cache.writeback,
+        detect_zeroes=config.detect_zeroes,
+        discard=config.discard == "unmap",
+        engines=[engine],
+        direct=config.cache.direct,
+        buffers=opener.buffers,
+    )
+
+
+@contextmanager
+def _membership(
+    config: ImageConfig, groups: ThrottleGroups | None
+) -> Iterator[ThrottleMember | None]:
+    """A place in the throttle group of a configuration, for the body; None without a throttle."""
+    if config.throttle is None:
+        yield None
+        return
+    name = config.throttle.group
+    # Without a name it is a group of one, called after the image.
+    if groups is None or name is None:
+        groups = ThrottleGroups()
+    member = groups.join(name or config.filename, config.throttle.limits)
+    try:
+        yield member
+    finally:
+        member.leave()
 
 
 @contextmanager

@@ -5,8 +5,8 @@ The order is the law of this module:
 1. the image is opened. If it is refused, no socket was made and nothing written;
 2. sockets listen, the pid file is written, and only then is readiness announced;
 3. clients are accepted until a signal comes or, if not persistent, the last has left;
-4. stop: the sockets close, every connection is asked to finish what is in flight,
-   and after SHUTDOWN_TIMEOUT those that have not are cut off;
+4. stop: the sockets close, throttled requests are let go, every connection is asked to
+   finish what is in flight, and after SHUTDOWN_TIMEOUT those that have not are cut off;
 5. the image is flushed and closed, then socket and pid file go. Whoever sees them
    gone may open the image.
 
@@ -138,7 +138,10 @@ class _Server:
         self._stop = stop
         self._connections: set[Connection] = set()
         self._room = trio.lowlevel.ParkingLot()
-        self._poller = Poller(exports[0].backend.completions)
+        engines = {engine for export in exports for engine in export.backend.engines}
+        self._poller = Poller(list(engines))
+        for export in exports:
+            export.backend.on_wait = self._poller.waits
 
     async def run(self) -> None:
         """Accept until ``stop``; return when every connection has ended or was cut off."""
@@ -156,6 +159,8 @@ class _Server:
                 await self._stop.wait()
                 acceptors.cancel_scope.cancel()
             self._listeners.close()
+            for export in self._exports:
+                export.backend.drain_begin()
             for connection in self._connections:
                 connection.shutdown()
             clients.cancel_scope.deadline = trio.current_time() + SHUTDOWN_TIMEOUT

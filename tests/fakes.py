@@ -70,9 +70,6 @@ class FakeNode(Node):
     async def flush_to_disk(self) -> None:
         await self._do("flush_to_disk")
 
-    async def flushed(self) -> None:
-        await self._do("flushed")
-
     async def close(self) -> None:
         await self._do("close")
 

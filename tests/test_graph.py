@@ -210,6 +210,16 @@ async def test_a_chain_is_read_through(chain):
         assert await read(backend, 0, 12) == b"raw!top!raw!"
 
 
+async def test_reads_submitted_in_a_plug_are_handed_over_together(raw):
+    async with open_backend(config(raw)) as backend:
+        engine = backend.root.children["file"]._engine
+        before = engine.statistics().batches
+        with backend.plug():
+            for offset in range(0, 40, 4):
+                assert backend.submit_read(offset, memoryview(bytearray(4)), lambda error: None)
+        assert engine.statistics().batches == before + 1
+
+
 async def test_only_the_top_is_writable(chain):
     async with open_backend(config(chain)) as backend:
         node, found = backend.root, []

@@ -52,6 +52,14 @@ class FakeBackend:
     size = 1 << 20
     read_only = False
     filename = "disk.qcow2"
+    engines = ()
+
+    def __init__(self, world):
+        self.world = world
+
+    def drain_begin(self):
+        assert not any(connection.asked.is_set() for connection in self.world.connections)
+        self.world.happened.append("drained")
 
 
 class FakeConnection:
@@ -104,7 +112,8 @@ def world(monkeypatch):
             raise world.open_error
         world.happened.append("opened")
         try:
-            yield FakeBackend()
+            world.backend = FakeBackend(world)
+            yield world.backend
         finally:
             with trio.CancelScope(shield=True):
                 await trio.sleep(0.01)
@@ -171,7 +180,7 @@ async def test_the_image_is_opened_before_and_closed_before_the_socket_goes(fold
     world.happened = Recorder()
     async with serving(config_for(path)):
         pass
-    assert seen == [("opened", False), ("closed", True)]
+    assert seen == [("opened", False), ("drained", True), ("closed", True)]
     assert not path.exists()
 
 
@@ -217,7 +226,7 @@ async def test_a_signal_stops_in_order(folder, world, number):
         os.kill(os.getpid(), number)
         assert await client.receive_some(1) == b""
         await ended.wait()
-    assert world.happened == ["opened", "closed"]
+    assert world.happened == ["opened", "drained", "closed"]
     assert list(folder.iterdir()) == []
 
 
@@ -253,7 +262,7 @@ async def test_a_client_that_never_finishes_is_cut_off_and_signals_change_nothin
         await ended.wait()
         assert 0.25 < trio.current_time() - begin < 2
         assert await client.receive_some(1) == b""
-    assert world.happened == ["opened", "closed"]
+    assert world.happened == ["opened", "drained", "closed"]
 
 
 async def test_nobody_is_accepted_during_the_stop(folder, world, monkeypatch):

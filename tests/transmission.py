@@ -21,6 +21,7 @@ import trio.testing
 
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
+from nbdserve.block.throttled import Throttle, ThrottledBackend
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
@@ -267,6 +268,7 @@ class World:
     poller: Poller
     nursery: trio.Nursery
     clients: list[Client] = field(default_factory=list)
+    others: list[Export] = field(default_factory=list)  # beside the default export
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("nbdserve.test"))
 
     def dial(self, *, send_buffer: int | None = None) -> Client:
@@ -275,11 +277,21 @@ class World:
         if send_buffer is not None:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         ours.setblocking(False)
-        connection = Connection(ours, [Export("", self.backend)], self.poller, log=self.log)
+        exports = [Export("", self.backend), *self.others]
+        connection = Connection(ours, exports, self.poller, log=self.log)
         client = Client(trio.socket.from_stdlib_socket(theirs), connection)
         self.clients.append(client)
         self.nursery.start_soon(_run, client, ours)
         return client
+
+    def add_throttled(self, name: str, root: Node, throttle: Throttle) -> BlockBackend:
+        """One more export, behind a throttle."""
+        backend = ThrottledBackend(
+            root, Epochs(), self.backend.nursery, throttle, write_cache=True
+        )
+        backend.on_wait = self.poller.waits
+        self.others.append(Export(name, backend))
+        return backend
 
     async def connect(
         self,
@@ -288,12 +300,13 @@ class World:
         contexts: bool | None = None,
         glued: bytes = b"",
         send_buffer: int | None = None,
+        name: bytes = b"",
     ) -> Client:
         """A client in transmission; `glued` is sent together with its last option."""
         client = self.dial(send_buffer=send_buffer)
         contexts = structured if contexts is None else contexts
         client.structured = structured
-        await client.send(hello(structured=structured, contexts=contexts) + glued)
+        await client.send(hello(structured=structured, contexts=contexts, name=name) + glued)
         assert (await client.exactly(18))[:8] == b"NBDMAGIC"
         while True:
             number, kind, length = struct.unpack(">8xIII", await client.exactly(20))

@@ -25,8 +25,10 @@ for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
     fi
 done
 if [ -z "$python" ]; then
-    found=$("${PYTHON:-python3}" --version 2>&1 || true)
-    echo "nbdserve needs Python 3.11 or newer; ${PYTHON:-python3} is: ${found:-not there}." \
+    wanted=${PYTHON:-python3}
+    found="not there"
+    if command -v "$wanted" >/dev/null; then found=$("$wanted" --version 2>&1 || true); fi
+    echo "nbdserve needs Python 3.11 or newer; $wanted is: $found." \
         "Name another with make PYTHON=/path/to/python3." >&2
     exit 1
 fi

@@ -1,7 +1,7 @@
 """The BlockBackend: what a front end sees of a tree of nodes.
 
 Everything that belongs to the drive and not to a node is here, once: bounds, the write cache
-setting (WCE) that turns writes into FUA writes, FUA itself (block/emulate.py), zero detection, the
+setting (WCE) that turns writes into FUA writes, FUA itself (`_durable`), zero detection, the
 statistics; and the two ways of a request.
 
 * `*_nowait` does a request at once if its range resolves and the leaves need not wait. It makes no
@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbdserve.block.buffers import BufferPool
+from nbdserve.block.completions import plug_of
 from nbdserve.block.emulate import is_zero
 from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf, Node
 from nbdserve.block.run import READ, WRITE, Miss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import trio
 
@@ -39,7 +40,13 @@ __all__ = ["BlockBackend"]
 
 
 class BlockBackend:
-    """A drive: `root` is the tree, `nursery` where requests run that outlive their client."""
+    """A drive: `root` is the tree, `nursery` where requests run that outlive their client.
+
+    `throttled`: whether requests may wait for their turn (block/throttled.py). `on_wait` is called
+    with 1 when one begins to and with -1 when it ends.
+    """
+
+    throttled = False
 
     def __init__(
         self,
@@ -51,20 +58,23 @@ class BlockBackend:
         detect_zeroes: str = "off",
         discard: bool = True,
         direct: bool = False,
-        completions: Completions | None = None,
+        engines: Sequence[Completions] = (),
         buffers: BufferPool | None = None,
     ) -> None:
         """`write_cache`: WCE, off in writethrough. `detect_zeroes`: off, on, unmap. `discard`:
         whether discards are passed on, else they do nothing. `direct`: the leaves can do nothing
-        at once (O_DIRECT). `completions`: of what was submitted, for the front end's poller.
-        `buffers`: what the leaves use too."""
+        at once (O_DIRECT). `engines`: of all leaves; what a front end submits in `with
+        backend.plug():` is handed over together. `buffers`: what the leaves use too."""
         self.root = root
         self.size = root.size
         self.read_only = root.read_only
         self.filename = root.filename
         self.nursery = nursery
+        self.engines = engines
+        self.plug = plug_of(engines)
         self.misses: Counter[Miss] = Counter()
         self.requests: Counter[str] = Counter()
+        self.on_wait: Callable[[int], object] = lambda requests: None
         self._epochs = epochs
         self._resolve = root.resolve
         self._write_cache = write_cache
@@ -72,7 +82,6 @@ class BlockBackend:
         self._discard = discard
         # Writes that must be looked into, or be durable when answered, never take the short way.
         self._writes_inline = write_cache and detect_zeroes == "off" and not direct
-        self.completions = completions
         self.buffers = buffers or BufferPool()
         self.queues_reads = direct
         """Ask `submit_read` before `read_nowait`."""
@@ -237,11 +246,13 @@ class BlockBackend:
         await self.root.flush()
 
     async def block_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
-        """What the range consists of, neighbours alike joined; at least the first extent, and
-        with `one` only that. The lengths add up to at most `length`."""
+        """What the range consists of, neighbours alike joined; at least the first extent, or its
+        beginning, and with `one` only that. The lengths add up to at most `length`."""
         extents: list[Extent] = []
         with self._request("block_status", offset, length):
-            while length and len(extents) < MAX_EXTENTS:
+            for _ in range(MAX_EXTENTS):
+                if not length or len(extents) >= MAX_EXTENTS:
+                    break
                 for piece in await self.root.block_status(offset, length):
                     last = extents[-1] if extents else None
                     if last is not None and last[1:] == piece[1:]:
@@ -259,22 +270,30 @@ class BlockBackend:
         if fua or not self._write_cache:
             await self.root.flush()
 
+    def drain_begin(self) -> None:
+        """From now on hold no request up but for its I/O: the server is stopping."""
+        for _, node in self._nodes():
+            node.drain_begin()
+
     def statistics(self) -> dict[str, object]:
         """Counters since the image was opened, of the backend and all nodes."""
-        nodes: dict[str, object] = {}
-        pending = [("root", self.root)]
-        while pending:
-            role, node = pending.pop()
-            nodes[role] = node.statistics()
-            pending += [(f"{role}.{name}", child) for name, child in node.children.items()]
         return {
             "requests": dict(self.requests),
             "misses": {miss.name: count for miss, count in self.misses.items()},
-            "nodes": nodes,
+            "nodes": {role: node.statistics() for role, node in self._nodes()},
         }
 
+    def _nodes(self) -> Iterator[tuple[str, Node]]:
+        """(role, node) of the tree, the root first; a role tells the way from there."""
+        pending = [("root", self.root)]
+        while pending:
+            role, node = pending.pop()
+            yield role, node
+            pending += [(f"{role}.{name}", child) for name, child in node.children.items()]
 
-# A block status answer holds at most this many extents; the client asks again for the rest.
+
+# A block status answer holds about this many extents at most, and is made of as many looks at the
+# root; the client asks again for the rest.
 MAX_EXTENTS = 2048
 
 

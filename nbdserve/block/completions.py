@@ -1,18 +1,19 @@
 """What the poller of a front end needs of an I/O engine, and no more of it.
 
-Submissions made in one round of the poller go to the kernel together at its end (`plug`), and
-completions are called from the next (`reap`). So the front end knows no engine, and an engine no
-front end.
+Completions are called from within a round of the poller (`reap`). So the front end knows no engine,
+and an engine no front end.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-__all__ = ["Completions"]
+__all__ = ["Completions", "plug_of"]
 
 
 class Completions(Protocol):
@@ -33,3 +34,20 @@ class Completions(Protocol):
 
     def detach(self) -> None:
         """It does so no longer."""
+
+
+def plug_of(engines: Sequence[Completions]) -> Callable[[], AbstractContextManager[None]]:
+    """The plug of all of them together. The usual one engine has nothing around its own."""
+    if not engines:
+        return nullcontext
+    if len(engines) == 1:
+        return engines[0].plug
+
+    @contextmanager
+    def plug() -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in engines:
+                stack.enter_context(engine.plug())
+            yield
+
+    return plug

@@ -1,4 +1,4 @@
-"""What the backend does in place of nodes: for now, finding out that a buffer is all zeroes.
+"""Finding out that a buffer is all zeroes, for the backend's zero detection.
 
 Facts: `any(view)` takes 1.5 ms for 64 KiB, a comparison with a zero buffer through `bytes` 6 us,
 most of it the copy. The first and last bytes settle almost every buffer that is not zero.

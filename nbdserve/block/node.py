@@ -116,17 +116,17 @@ class Node:
     async def flush(self) -> None:
         """Make all completed writes durable (after QEMU's bdrv_co_flush).
 
-        Steps: the node's cached metadata goes to its file, in every cache mode; with `no_flush`
-        that is all; else the node's own storage is synced, then the children that hold its data.
+        Steps: the node's cached metadata goes to its file, in every cache mode; its own storage is
+        synced, unless `no_flush`; then the children that hold its data do the same, with
+        `no_flush` too, because they may have metadata to hand over.
         """
         await self.flush_to_os()
         if not self.no_flush:
             await self.flush_to_disk()
-            for role in ("file", "data-file"):
-                child = self.children.get(role)
-                if child is not None:
-                    await child.flush()
-        await self.flushed()
+        for role in ("file", "data-file"):
+            child = self.children.get(role)
+            if child is not None:
+                await child.flush()
 
     async def flush_to_os(self) -> None:
         """Write cached metadata to the file, each table after what it depends on."""
@@ -134,8 +134,11 @@ class Node:
     async def flush_to_disk(self) -> None:
         """Sync what this node itself stores; only leaves store anything."""
 
-    async def flushed(self) -> None:
-        """Called when a whole flush has succeeded: what waited for durability may go on."""
+    def drain_begin(self) -> None:
+        """From now on hold no request up but for its I/O; let go those that are held up already.
+
+        After QEMU's bdrv_drained_begin, for the end only: there is no way back.
+        """
 
     async def close(self) -> None:
         """Flush what the node still holds back and release it; children are closed afterwards."""

@@ -38,10 +38,9 @@ class Miss(enum.Enum):
     NEEDS_ALLOC = "a cluster must be allocated, and its old content is at most zeroes"
     NEEDS_COW = "a cluster must be allocated and old content copied into it"
     COMPRESSED = "the data is compressed"
-    BUSY = "another request is changing the mapping of the range"
     OPAQUE = "the node must see every byte"
     WOULD_BLOCK = "the data is not in the page cache"
-    READ_ONLY = "the node does not take writes"
+    THROTTLED = "the limits of a throttle do not allow it yet"
 
 
 Run = tuple["Leaf | None", int, int]

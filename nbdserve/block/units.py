@@ -1,17 +1,16 @@
-"""Units as types: an offset says in its type what it counts from.
+"""Units: what a number counts.
 
-`int` subclasses that exist for the type checker only. Conversions between guest and host offsets
-happen in `formats/qcow2/geometry.py` and nowhere else. A plain `int` in a signature is a length in
-bytes unless its name says otherwise (`nb_clusters`, `refcount_bits`).
+A plain `int` in a signature is an offset or a length in bytes unless its name says otherwise
+(`nb_clusters`, `refcount_bits`). `HostOffset` marks, for the type checker, an offset that was read
+from an image and has not been checked against the file.
 """
 
 from __future__ import annotations
 
 from typing import NewType
 
-__all__ = ["KIB", "MIB", "GuestOffset", "HostOffset", "align_down", "align_up"]
+__all__ = ["KIB", "MIB", "HostOffset", "align_down", "align_up"]
 
-GuestOffset = NewType("GuestOffset", int)
 HostOffset = NewType("HostOffset", int)
 
 KIB = 1024

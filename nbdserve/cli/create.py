@@ -66,7 +66,12 @@ def command(
     file: str,
     size: str | None,
 ) -> None:  # fmt: skip
-    """Create the qcow2 image FILE with SIZE bytes (suffixes k, M, G, T)."""
+    """Create the qcow2 image FILE.
+
+    SIZE is in bytes, or with a suffix k, M, G, T; an overlay's is its backing file's if not given.
+    """
+    if not file:
+        raise ConfigError("the new image's file name is empty")
     parameters = format_options(options)
     length = None if size is None else parse_size(size, "SIZE")
     if backing is not None:

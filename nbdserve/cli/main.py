@@ -75,6 +75,10 @@ def describe(error: BaseException) -> str:
     match error:
         case click.Abort():
             return "aborted"
+        case click.MissingParameter():
+            return error.format_message().rstrip(".")
+        case click.BadParameter() if error.param is not None:
+            return f"{error.param.opts[-1]}: {error.message.rstrip('.')}"
         case click.ClickException():
             return error.format_message().rstrip(".")
         case NbdserveError():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nbdserve.cli.throttle import parse_throttle
 from nbdserve.config import (
     CACHE_MODES,
     DEFAULT_PORT,
@@ -24,6 +25,7 @@ from nbdserve.config import (
     ListenConfig,
     ServeConfig,
 )
+from nbdserve.errors import ConfigError
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ DISCARD_MODES: dict[str, Discard] = {
 }
 """Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
 
+DEFAULT_CACHE = "writeback"
+
 AIO_MODES: dict[str, Aio] = {"threads": "threads", "io_uring": "io_uring", "native": "native"}
 
 DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
@@ -46,6 +50,19 @@ DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return parse_size(value, f"--{param.name}")
+
+
+def _once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """The value of an option that qemu-nbd takes once only; None if it was not given."""
+    if len(values) > 1:
+        raise ConfigError(f"--{param.name} can only be specified once")
+    return values[0] if values else None
+
+
+def _integer(minimum: int, maximum: int | None = None) -> click.IntRange:
+    kind = click.IntRange(minimum, maximum)
+    kind.name = "integer"  # as its errors call it; by itself "integer range"
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +78,7 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
     """A decorator that adds the image argument and every option both commands have."""
     option = click.option
     parameters = [
-        option("-p", "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT,
+        option("-p", "--port", metavar="PORT", type=_integer(0, 65535), default=DEFAULT_PORT,
                show_default=True, help="TCP port; 0 lets the system choose."),
         option("-b", "--bind", metavar="HOST", default=defaults.bind, show_default=True,
                help="Address or host name to listen on; empty for every IPv4 and IPv6 address."),
@@ -74,19 +91,23 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                help="Name of the export; empty by default."),
         option("-D", "--description", metavar="TEXT", default="",
                help="Description shown to clients that list exports."),
-        option("-e", "--shared", metavar="N", type=click.IntRange(min=0), default=defaults.shared,
+        option("-e", "--shared", metavar="N", type=_integer(0), default=defaults.shared,
                show_default=True, help="How many clients at a time; 0 for any number."),
         option("-o", "--offset", callback=_bytes, default="0", metavar="SIZE",
-               help="Serve the disk from this byte on."),
-        option("--cache", type=click.Choice(list(CACHE_MODES)), default="writeback",
-               show_default=True, help="Cache mode."),
-        option("--aio", type=click.Choice(list(AIO_MODES)),
+               help="Serve the disk from this byte on (suffixes k, M, G, ...)."),
+        option("--cache", type=click.Choice(list(CACHE_MODES)), multiple=True, callback=_once,
+               show_default=DEFAULT_CACHE, help="Cache mode."),
+        option("--aio", type=click.Choice(list(AIO_MODES)), multiple=True, callback=_once,
                help="I/O engine; by default io_uring with O_DIRECT (--cache=none, directsync), else"
                " threads. native needs O_DIRECT."),
-        option("--discard", type=click.Choice(list(DISCARD_MODES)), default=defaults.discard,
-               show_default=True, help="Whether a client's trim frees space in the image."),
+        option("--discard", type=click.Choice(list(DISCARD_MODES)), multiple=True, callback=_once,
+               default=[defaults.discard], show_default=True,
+               help="Whether a client's trim frees space in the image."),
         option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)), default="off",
                show_default=True, help="Turn writes of zeroes into write-zeroes requests."),
+        option("--throttle", metavar="KEY=VALUE,...", multiple=True,
+               help="Limit bytes (bps-total, bps-read, bps-write) and requests (iops-...) a second;"
+               " bursts with -max and -max-length; iops-size."),
         option("--pid-file", metavar="PATH", help="Write the server's process id to this file."),
         option("--fork", is_flag=True,
                help="Go to the background; return once clients are accepted."),
@@ -113,11 +134,12 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
             filename=options["image"],
             format=options["format"],
             read_only=options["read_only"],
-            cache=CACHE_MODES[options["cache"]],
+            cache=CACHE_MODES[options["cache"] or DEFAULT_CACHE],
             discard=DISCARD_MODES[options["discard"]],
             detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
             offset=options["offset"],
             aio=AIO_MODES[options["aio"]] if options["aio"] is not None else None,
+            throttle=parse_throttle(options["throttle"]),
         ),
         export=ExportConfig(options["export_name"], options["description"]),
         listen=ListenConfig(options["bind"], options["port"], options["socket"]),

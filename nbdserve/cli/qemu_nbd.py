@@ -71,7 +71,12 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's values, typed in 
 
 
 def config_of(options: dict[str, Any]) -> ServeConfig:
-    """The configuration that this command's parsed options stand for."""
+    """The configuration that this command's parsed options stand for.
+
+    :raises ConfigError: as ``serve_config``; or both -n and --cache, as in qemu-nbd.
+    """
     if options["nocache"]:
+        if options["cache"] is not None:
+            raise ConfigError("-n and --cache can only be specified once")
         options = {**options, "cache": "none"}
     return serve_config(options, persistent=options["persistent"])

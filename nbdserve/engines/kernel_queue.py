@@ -17,7 +17,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -29,7 +29,8 @@ from nbdserve.engines.transfer import IOV_MAX, rest_of
 
 if TYPE_CHECKING:
     import ctypes
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from nbdserve.engines.engine import Buffer, Done
 
@@ -73,6 +74,21 @@ class Request:
         self.vector: ctypes.Array[ctypes.c_size_t] | None = None
 
 
+class _Plug:
+    """One for all times, as a batch of requests should not pay for it."""
+
+    def __init__(self, queue: KernelQueue) -> None:
+        self._queue = queue
+
+    def __enter__(self) -> None:
+        self._queue._plugged = True
+
+    def __exit__(self, *_error: object) -> None:
+        self._queue._plugged = False
+        if self._queue._prepared:
+            self._queue._kick()
+
+
 class KernelQueue(ABC):
     """The common part; see engines/engine.py for what the public methods mean."""
 
@@ -86,6 +102,7 @@ class KernelQueue(ABC):
         self._backlog: deque[Request] = deque()
         self._next_tag = 0
         self._plugged = False
+        self._plug = _Plug(self)
         self._jobs = 0
         self._batches = 0
         self._in_flight = 0
@@ -133,15 +150,8 @@ class KernelQueue(ABC):
     async def run(self, function: Callable[..., T], *args: object) -> T:
         return await self._threads.run(function, *args)
 
-    @contextmanager
-    def plug(self) -> Iterator[None]:
-        self._plugged = True
-        try:
-            yield
-        finally:
-            self._plugged = False
-            if self._prepared:
-                self._kick()
+    def plug(self) -> AbstractContextManager[None]:
+        return self._plug
 
     def _add(self, request: Request) -> None:
         self._jobs += 1

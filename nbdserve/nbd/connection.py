@@ -167,6 +167,7 @@ class Connection:
 
     def _begin(self, session: Transmission) -> None:
         self._backend = session.export.backend
+        self._plug = self._backend.plug
         self._validate = Validator.of(session).validate
         self._structured = session.structured_replies
         self._size = session.size
@@ -226,10 +227,10 @@ class Connection:
             self._wanted = events
             self._poller.want(self._sock.fileno(), events)
 
-    def _on_event(self) -> bool:
+    def _on_event(self) -> int:
         """The socket is ready for what was wanted, or may be. Never raises.
 
-        True: something was done, there may be more to do at once.
+        Returns how many requests were done; 0 if there is nothing more to do at once.
         """
         try:
             if self._outbox.pending:
@@ -251,23 +252,25 @@ class Connection:
             # A bug of ours; the other clients shall not suffer from it.
             self._log.exception("internal error")
             self._lose(OSError(errno.EIO, f"internal error: {error!r}"))
-        return False
+        return 0
 
-    def _step(self) -> bool:
+    def _step(self) -> int:
         """One batch: of requests left over, else of bytes at hand, else of what the socket has."""
         if self._late.full:
             self._want(0)  # _send_late wakes us
-            return False
+            return 0
         if self._next >= len(self._requests):
             self._requests = self._buffer.parse(BATCH) or self._receive()
             self._next = 0
             if not self._requests:
                 self._want(READABLE)
                 return self._received
-        self._execute()
+        first = self._next
+        with self._plug():
+            self._execute()
         if self._outbox.pending:
             self._want(WRITABLE)
-        return not self._outbox.pending and not self._ended.is_set()
+        return 0 if self._outbox.pending or self._ended.is_set() else self._next - first
 
     def _receive(self) -> list[Request]:
         self._received = False
@@ -359,7 +362,14 @@ class Connection:
             self._log.debug("%s: %d", message, error)
             reply = replies.error_reply(cookie, error, message, structured=self._structured)
             return self._put(fill, reply)
-        if head == PLAIN_READ and HOLES_FROM <= length <= MAX_INLINE and self._structured:
+        # With a throttle not: of several pieces the first would be charged twice if a later one
+        # had to wait.
+        if (
+            head == PLAIN_READ
+            and HOLES_FROM <= length <= MAX_INLINE
+            and self._structured
+            and not self._backend.throttled
+        ):
             return self._read_sparse(request, fill)
         self._start_late(request)
         return fill

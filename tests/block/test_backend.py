@@ -13,7 +13,7 @@ from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.block.run import READ, WRITE, Miss
 
 SIZE = 4 << 20
-FLUSH = ["flush_to_os", "flush_to_disk", "flushed"]
+FLUSH = ["flush_to_os", "flush_to_disk"]
 
 
 class MappedNode(FakeNode):
@@ -110,7 +110,7 @@ async def test_so_does_one_leaf_of_several(make, position):
     assert make(root).write_nowait(0, b"xy") is Miss.WOULD_BLOCK
 
 
-@pytest.mark.parametrize("miss", [Miss.NOT_CACHED, Miss.NEEDS_COW, Miss.COMPRESSED, Miss.BUSY])
+@pytest.mark.parametrize("miss", [Miss.NOT_CACHED, Miss.NEEDS_COW, Miss.COMPRESSED, Miss.OPAQUE])
 async def test_a_miss_is_returned_and_counted(make, miss):
     root = MappedNode()
     root.runs = miss
@@ -231,7 +231,7 @@ async def test_fua_is_a_plain_write_where_nothing_is_flushed(make, kind):
     call, name = WRITES[kind]
     leaf = FakeLeaf(SIZE, no_flush=True)
     await call(make(leaf), fua=True)
-    assert leaf.names() == [name, "flush_to_os", "flushed"]
+    assert leaf.names() == [name, "flush_to_os"]
 
 
 @pytest.mark.parametrize("kind", WRITES)
@@ -342,6 +342,21 @@ async def test_a_status_answer_is_bounded(make):
     extents = await make(leaf).block_status(0, SIZE)
     assert len(extents) == MAX_EXTENTS
     assert leaf.names() == ["block_status"] * MAX_EXTENTS
+
+
+async def test_so_is_the_work_for_a_status_answer_of_one_extent(make):
+    """A node answers up to the end of one of its tables: however small these are."""
+    leaf = FakeLeaf(SIZE)
+    looks = 0
+
+    async def holes(offset, length):
+        nonlocal looks
+        looks += 1
+        return [Extent(1, data=False, zero=True)]
+
+    leaf.block_status = holes
+    assert await make(leaf).block_status(0, SIZE) == [Extent(MAX_EXTENTS, data=False, zero=True)]
+    assert looks == MAX_EXTENTS
 
 
 # --- bounds, epochs, statistics --------------------------------------------------------------

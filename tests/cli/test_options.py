@@ -137,6 +137,21 @@ def test_nocache_means_cache_none(flag):
     assert qemu_nbd_argv(flag).image.cache.name == "none"
 
 
+# qemu-nbd 7.2 refuses the same.
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--cache=unsafe", "--cache=unsafe"], "--cache can only be specified once"),
+        (["--discard=on", "--discard=off"], "--discard can only be specified once"),
+        (["-n", "--cache=writeback"], "-n and --cache can only be specified once"),
+        (["--cache=writeback", "--nocache"], "-n and --cache can only be specified once"),
+    ],
+)
+def test_what_is_taken_once_only(argv, said):
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        qemu_nbd_argv(*argv)
+
+
 @pytest.mark.parametrize(
     ("names", "takes_value"), qemu_nbd.UNSUPPORTED, ids=lambda value: str(value)
 )

@@ -150,6 +150,18 @@ async def test_a_batch_is_spread_over_the_threads(engine):
     assert engine.statistics().threads == 4
 
 
+async def test_the_jobs_of_a_batch_go_to_as_many_threads_as_there_are(engine):
+    """Five jobs for four threads: two behind each other, not three threads with up to two."""
+    latch = Latch()
+    with engine.plug():
+        for _ in range(5):
+            engine.submit(lambda result, error: None, latch)
+    await latch.wait_started(4)
+    latch.go()
+    with trio.fail_after(LONG):
+        await engine.idle()
+
+
 async def test_no_more_threads_are_started_than_there_is_work_for(engine):
     for _ in range(20):
         await engine.run(int)

@@ -82,7 +82,7 @@ async def test_requests_are_passed_on_moved(offset):
 async def test_a_flush_reaches_the_file():
     file = FakeLeaf(SIZE)
     await RawNode(file).flush()
-    assert file.names() == ["flush_to_os", "flush_to_disk", "flushed"]
+    assert file.names() == ["flush_to_os", "flush_to_disk"]
 
 
 # --- the guarded first sector ----------------------------------------------------------------

@@ -6,6 +6,7 @@ what must be in it. How a connection begins, ends and is held back: test_connect
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 
@@ -61,7 +62,7 @@ def make_late(leaf, how):
     if how == "queued":
         leaf.would_block = True
     elif how == "task":
-        leaf.miss = Miss.BUSY
+        leaf.miss = Miss.OPAQUE
 
 
 each_way = pytest.mark.parametrize("way", ["inline", "queued", "task"])
@@ -332,6 +333,37 @@ async def test_fast_zero_that_would_not_be_fast():
         leaf.fail_at(1, errno.EOPNOTSUPP)
         answer = await client.ask(client.request(WRITE_ZEROES, 0, 512, FAST_ZERO))
         assert answer.error == ENOTSUP
+
+
+# Batches
+
+
+async def test_reads_of_a_batch_that_wait_for_the_disk_are_handed_over_together():
+    """The engine's plug is closed when the first is submitted, and opened once, after the last."""
+    leaf = filled()
+    leaf.would_block = True
+    async with serving(leaf) as world:
+        order = []
+
+        @contextlib.contextmanager
+        def plug():
+            order.append("plugged")
+            yield
+            order.append("unplugged")
+
+        def submit(*args, submit_read=leaf.submit_read):
+            order.append("read")
+            submit_read(*args)
+
+        world.backend.plug = plug
+        leaf.submit_read = submit
+        client = await world.connect()
+        await client.send(b"".join(client.read(512 * number, 512) for number in range(3)))
+        answers = await client.answers(3)
+    assert sorted(answer.data for answer in answers) == [
+        leaf.data[512 * number : 512 * number + 512] for number in range(3)
+    ]
+    assert order == ["plugged", *3 * ["read"], "unplugged"]
 
 
 # Bugs

@@ -74,7 +74,7 @@ messages = st.one_of(
 leaves = st.fixed_dictionaries(
     {
         "would_block": st.booleans(),
-        "miss": st.sampled_from([None, None, Miss.BUSY]),
+        "miss": st.sampled_from([None, None, Miss.OPAQUE]),
         "failures": st.lists(st.tuples(st.integers(1, 10), st.sampled_from([5, 28, 95]))),
     }
 )

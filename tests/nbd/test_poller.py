@@ -33,12 +33,18 @@ def pair():
 
 
 @asynccontextmanager
-async def running(poller):
-    with trio.fail_after(LONG):
+async def running(poller, *, alone=False):
+    """The loop runs. Unless `alone` there is another client, which never says anything: an only
+    client's handler may be called though nothing came."""
+    with pair() as (idle, _), trio.fail_after(LONG):
+        if not alone:
+            poller.register(idle.fileno(), Handler(idle))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(poller.run)
             yield
             nursery.cancel_scope.cancel()
+        if not alone:
+            poller.unregister(idle.fileno())
 
 
 async def settle():
@@ -360,3 +366,127 @@ async def test_while_busy_it_does_not_spin(poller):
             theirs.send(b"x")
             await settle()
             assert handler.calls == 1
+
+
+# An only client
+
+
+async def calls_cease(handler):
+    """Its calls stop; how many there were."""
+    while True:
+        calls = handler.calls
+        await trio.sleep(20 * SPIN)
+        await settle()
+        if handler.calls == calls:
+            return calls
+
+
+async def test_an_only_client_is_left_alone_when_it_says_nothing(poller):
+    with pair() as (ours, theirs):
+        handler = Handler(ours)
+        poller.register(ours.fileno(), handler)
+        async with running(poller, alone=True):
+            await settle()
+            assert handler.calls == 0
+            for _ in range(3):
+                before = handler.calls
+                theirs.send(b"x")
+                assert await calls_cease(handler) > before
+
+
+async def test_an_only_client_is_called_while_it_does_something(poller):
+    with pair() as (ours, theirs):
+        handler = Handler(ours)
+        handler.eager = 1000
+        poller.register(ours.fileno(), handler)
+        async with running(poller, alone=True):
+            theirs.send(b"x")
+            while handler.eager:
+                await trio.lowlevel.checkpoint()
+            await calls_cease(handler)
+
+
+@pytest.mark.parametrize("events", [0, WRITABLE])
+async def test_what_an_only_client_wants_counts_at_once(poller, events):
+    with pair() as (ours, theirs):
+        calls = []
+
+        def handler():
+            calls.append(None)
+            if len(calls) == 5:
+                poller.want(ours.fileno(), events)
+            return len(calls) < 5
+
+        if events:
+            while True:  # fill the socket: it is not writable
+                try:
+                    ours.send(bytes(1 << 16))
+                except BlockingIOError:
+                    break
+        poller.register(ours.fileno(), handler)
+        async with running(poller, alone=True):
+            theirs.send(b"x")
+            while len(calls) < 5:
+                await trio.lowlevel.checkpoint()
+            await trio.sleep(20 * SPIN)
+            await settle()
+            assert len(calls) == 5
+            poller.want(ours.fileno(), READABLE)
+            while len(calls) < 6:
+                await trio.lowlevel.checkpoint()
+
+
+async def test_a_second_client_is_served_beside_a_busy_one(poller):
+    with pair() as (first, other), pair() as (second, theirs):
+        busy, handler = Handler(first), Handler(second)
+        busy.eager = 1 << 30
+        poller.register(first.fileno(), busy)
+        async with running(poller, alone=True):
+            other.send(b"x")
+            while busy.calls < 100:
+                await trio.lowlevel.checkpoint()
+            poller.register(second.fileno(), handler)
+            theirs.send(b"x")
+            while not handler.calls:
+                await trio.lowlevel.checkpoint()
+            poller.unregister(second.fileno())
+            before = busy.calls
+            while busy.calls < before + 100:
+                await trio.lowlevel.checkpoint()
+
+
+async def test_an_only_client_that_ends_itself_is_not_called_again(poller):
+    with pair() as (ours, theirs):
+        calls = []
+
+        def handler():
+            calls.append(None)
+            if len(calls) == 3:
+                poller.unregister(ours.fileno())
+            return 1
+
+        poller.register(ours.fileno(), handler)
+        async with running(poller, alone=True):
+            theirs.send(b"x")
+            while len(calls) < 3:
+                await trio.lowlevel.checkpoint()
+            await settle()
+            assert len(calls) == 3
+        poller.register(ours.fileno(), handler)  # and may come back
+        poller.unregister(ours.fileno())
+
+
+async def test_tasks_have_their_turn_beside_an_only_client(poller):
+    with pair() as (ours, theirs):
+        handler = Handler(ours)
+        handler.eager = 1 << 30
+        poller.busy = 1
+        poller.register(ours.fileno(), handler)
+        async with running(poller, alone=True):
+            theirs.send(b"x")
+            while not handler.calls:
+                await trio.lowlevel.checkpoint()
+            before = handler.calls
+            for _ in range(50):
+                await trio.lowlevel.checkpoint()
+            assert handler.calls - before <= 2 * 50

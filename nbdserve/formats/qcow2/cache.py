@@ -3,8 +3,9 @@
 Facts: a lookup happens on every request, eviction rarely, and any bookkeeping on a hit (moving an
 entry of an ordered dict, setting a flag) costs as much as the lookup. So a hit does none. `hot`
 maps the tables used since the last sweep straight to their entries; a lookup that misses there
-goes through `peek`, which promotes. When the cache is over its capacity a sweep drops what was not
-used since the last one and empties `hot`: a clock algorithm whose hand moves in bulk.
+goes through `peek`, which promotes. When the cache is over its capacity a sweep drops an eighth of
+it, first what was not used since the last sweep, and empties `hot`: a clock algorithm whose hand
+moves in bulk. (Dropping just one table would cost a look at all of them for each load.)
 
 Law: only clean tables are dropped, and nobody keeps a table across an await. When everything is
 dirty the cache goes over its capacity until `write_back` has run, and whoever is adding tables
@@ -27,6 +28,9 @@ __all__ = ["CacheStatistics", "TableCache"]
 
 # What a table costs in memory besides its entries; matters for 512-byte clusters.
 TABLE_OVERHEAD = 512
+
+# A sweep frees this fraction of the capacity.
+SWEPT = 8
 
 
 class CacheStatistics(NamedTuple):
@@ -109,10 +113,9 @@ class TableCache:
         unused = [index for index in self._tables if index not in self.hot]
         used = list(self.hot)
         self.hot.clear()
-        for index in unused:
-            self._drop(index)
-        for index in used:
-            if self._nb_bytes <= self._capacity:
+        enough = self._capacity - self._capacity // SWEPT
+        for index in unused + used:
+            if self._nb_bytes <= enough:
                 break
             self._drop(index)
         return self._nb_bytes <= self._capacity

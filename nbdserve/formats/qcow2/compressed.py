@@ -83,7 +83,7 @@ class Decompressor:
 
     def _corrupt(self, guest_offset: int, reason: str) -> CorruptImage:
         return CorruptImage(
-            f"{self._filename!r}: cannot decompress the {self._compression} cluster"
+            f"{self._filename}: cannot decompress the {self._compression} cluster"
             f" at guest offset {guest_offset:#x}: {reason}"
         )
 

@@ -85,7 +85,7 @@ def create_image(
         finally:
             os.close(fd)
     except OSError as error:
-        raise ImageError(f"{path!r}: cannot create: {error.strerror}", error.errno) from None
+        raise ImageError(f"{path}: cannot create: {error.strerror}", error.errno) from None
 
 
 def plan_image(

@@ -14,6 +14,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+import trio
+
 from nbdserve.block.units import MIB
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.resolve import ClusterType, cluster_type
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["discard", "write_zeroes"]
 
-# Entries changed without letting anybody else run: about 2 ms.
-MAX_ENTRIES = 8192
+# Entries changed without letting anybody else run: 2.5 us for each that frees a cluster.
+MAX_ENTRIES = 1024
 
 _READS_AS_ZEROES = (ClusterType.ZERO_PLAIN, ClusterType.ZERO_ALLOC)
 
@@ -122,6 +124,7 @@ async def _reads_as_zeroes(image: Image, start: int, stop: int) -> bool:
         ):
             return False
         start += extent.length
+        await trio.lowlevel.checkpoint()
     return True
 
 
@@ -148,6 +151,7 @@ async def _change(image: Image, first: int, last: int, rule: Callable[[int], int
             if not (empty and leaves_empty):
                 await _change_in_table(image, first, stop, rule)
         first = stop + 1
+        await trio.lowlevel.checkpoint()  # nothing above waits if all tables are in memory
 
 
 async def _change_in_table(

@@ -152,7 +152,7 @@ def parse_header(data: bytes, filename: str, file_size: int) -> Header:
     try:
         return _parse(data, file_size)
     except Malformed as reason:
-        raise ImageError(f"{filename!r}: {reason}") from None
+        raise ImageError(f"{filename}: {reason}") from None
 
 
 def _parse(data: bytes, file_size: int) -> Header:
@@ -232,8 +232,8 @@ def _parse_fields(data: bytes) -> _Fields:
         raise Malformed(f"qcow2 version {fields.version} is not supported, only 2 and 3 are")
     if not spec.MIN_CLUSTER_BITS <= fields.cluster_bits <= spec.MAX_CLUSTER_BITS:
         raise Malformed(
-            f"clusters of 2**{fields.cluster_bits} bytes are not supported,"
-            f" only 2**{spec.MIN_CLUSTER_BITS} to 2**{spec.MAX_CLUSTER_BITS}"
+            f"cluster_bits is {fields.cluster_bits},"
+            f" not {spec.MIN_CLUSTER_BITS} to {spec.MAX_CLUSTER_BITS}"
         )
     length, cluster_size = fields.header_length, 1 << fields.cluster_bits
     if fields.version == 3 and (length < spec.V3_MIN_HEADER_LENGTH or length % 8):
@@ -255,7 +255,9 @@ def _parse_fields(data: bytes) -> _Fields:
             f" not between the header ({length} bytes) and the end of the first cluster"
         )
     if fields.refcount_order > spec.MAX_REFCOUNT_ORDER:
-        raise Malformed(f"refcounts of 2**{fields.refcount_order} bits, but 64 is the most")
+        raise Malformed(
+            f"refcount_order is {fields.refcount_order}, not 0 to {spec.MAX_REFCOUNT_ORDER}"
+        )
     return fields
 
 

@@ -120,6 +120,9 @@ class Image:
         must not await before it has used the table."""
         index = offset >> self.geometry.l1_bits
         while True:
+            # Another request may have found damage meanwhile; then nothing is written back any
+            # more and the cache never gets room.
+            self.check_writable()
             table = self.table_nowait(offset)
             if table is not None:
                 return table

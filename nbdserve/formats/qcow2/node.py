@@ -164,6 +164,8 @@ class Qcow2Node(Node):
         self._engine = engine
         self._geometry = geometry
         self._flush_lock = trio.Lock()
+        self._flushes = 0  # begun
+        self._flushed = 0  # number of the last that succeeded
         self._release_lock = trio.Lock()
 
     def wire(self, sizes: CacheSizes) -> None:
@@ -258,9 +260,13 @@ class Qcow2Node(Node):
         if self.read_only:
             return
         self.image.check_writable()
+        covering = self._flushes + 1  # the next to begin; those who wait for it share it
         async with self._flush_lock:
-            await super().flush()
-            self.image.quarantine.mark_durable()
+            if self._flushed < covering:
+                self._flushes = number = self._flushes + 1
+                await super().flush()
+                self._flushed = number
+                self.image.quarantine.mark_durable()
         if self.image.quarantine:
             await self._release()
 

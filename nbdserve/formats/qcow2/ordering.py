@@ -18,6 +18,8 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
+import trio
+
 from nbdserve.block.node import Leaf
 from nbdserve.formats.qcow2.header import incompatible_features_update, refcount_table_update
 from nbdserve.formats.qcow2.spec import IncompatibleFeature
@@ -82,6 +84,10 @@ STAGE = {
 }
 
 
+# Slices written without letting anybody else run.
+MAX_WRITES = 256
+
+
 async def write_back(image: Image) -> None:
     """Write all dirty metadata, in order. One at a time: the caller holds the image's flush lock.
 
@@ -89,9 +95,9 @@ async def write_back(image: Image) -> None:
     dirty again and the next write-back starts over.
     """
     image.quarantine.seal()
-    if not is_dirty(image):
-        return
     pending = _dirty_tables(image)
+    if not pending and not image.refcounts.moved_from:
+        return
     moved_from, image.refcounts.moved_from = image.refcounts.moved_from, []
     stages: list[list[TableWrite]] = [[], [], []]
     for what, table in pending:
@@ -161,9 +167,11 @@ def is_dirty(image: Image) -> bool:
 
 
 async def _write(image: Image, writes: list[TableWrite]) -> None:
-    image.check_writable()
     leaf = image.file if isinstance(image.file, Leaf) else None
-    for host_offset, data in writes:
+    for number, (host_offset, data) in enumerate(writes):
+        if number % MAX_WRITES == MAX_WRITES - 1:
+            await trio.lowlevel.checkpoint()
+        image.check_writable()
         # Slices are small and go into the page cache: a hop for each would cost ten times as much.
         if leaf is None or not leaf.write_nowait(host_offset, data):
             await image.file.write(host_offset, data)

@@ -164,6 +164,7 @@ class Refcounts:
         """A new block for `index`, placed in `cluster`."""
         geometry = self._geometry
         self._metadata.assert_free(cluster)
+        self.blocks.make_room()  # nothing is loaded in a file that only grows
         block = Table(
             empty_refcounts(geometry.block_entries, geometry.refcount_bits),
             cluster << geometry.cluster_bits,

@@ -85,4 +85,4 @@ def check_supported(header: Header, filename: str, *, read_only: bool) -> None:
     """
     for refusal in _REFUSALS:
         if refusal.applies(header) and not (read_only and refusal.may_read):
-            raise ImageError(f"{filename!r}: {refusal.reason}")
+            raise ImageError(f"{filename}: {refusal.reason}")

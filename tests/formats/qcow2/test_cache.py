@@ -1,5 +1,6 @@
 """The metadata caches: one load for each table, nothing dirty dropped, bounded if that can be."""
 
+import random
 from array import array
 
 import pytest
@@ -110,17 +111,29 @@ async def test_what_was_not_used_lately_is_dropped_first():
     await disk.cache.get(9)
     assert disk.cache.peek(2) is not None
     assert disk.cache.peek(9) is not None
-    assert disk.held == 2
-    assert disk.cache.statistics().evictions == 3
-
-
-async def test_everything_used_is_dropped_only_as_far_as_needed():
-    disk = Disk(3)
-    for index in range(4):
-        await disk.cache.get(index)
-    assert disk.cache.make_room()
     assert disk.held == 3
+    assert disk.cache.statistics().evictions == 2
+
+
+@pytest.mark.parametrize("used", [True, False])
+async def test_a_sweep_drops_an_eighth_of_the_cache_used_or_not(used):
+    """Less would mean a look at all tables for each load, more that it is half empty."""
+    disk = Disk(80)
+    for index in range(81):
+        await disk.cache.get(index)
+    if not used:
+        disk.cache.hot.clear()
+    assert disk.cache.make_room()
+    assert disk.held == 70
     assert not disk.cache.hot
+
+
+async def test_tables_asked_for_at_random_fill_the_cache():
+    disk = Disk(40)
+    chooser = random.Random(1)
+    for _ in range(4000):
+        await disk.cache.get(chooser.randrange(80))
+    assert len(disk.loads) < 2300  # 2000 if the cache were full all the time
 
 
 async def test_dirty_tables_stay_and_count():

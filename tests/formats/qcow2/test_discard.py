@@ -221,6 +221,35 @@ async def test_a_discard_of_nothing_allocates_nothing(image):
     assert not file.log
 
 
+async def turns_of_others(request):
+    """How many times another task came to run while `request` did."""
+    turns = 0
+
+    async def other():
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        await request
+        nursery.cancel_scope.cancel()
+    return turns
+
+
+@pytest.mark.parametrize("version", [3, 2])
+async def test_others_run_while_many_tables_are_looked_through(image, version):
+    """Nothing waits if they are in memory or empty, and each maps 32 KiB only."""
+    file = image(3 << 20, cluster_size=512, version=version)
+    backing = RawNode(MemoryFile(bytes(512))) if version == 2 else None
+    async with open_memory(file, backing=backing) as (backend, _):
+        whole = {"offset": 512, "length": (3 << 20) - 512}
+        assert await turns_of_others(backend.write_zeroes(**whole, may_unmap=True)) >= 95
+        if version == 3:
+            assert await turns_of_others(backend.discard(**whole)) >= 95
+
+
 async def test_a_discard_waits_for_a_write_that_allocates(image):
     file = image()
     async with open_memory(file) as (backend, _):

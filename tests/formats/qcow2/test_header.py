@@ -184,9 +184,9 @@ MALFORMED = [
     ({"version": 0}, "qcow2 version 0 is not supported"),
     ({"version": 1}, "qcow2 version 1 is not supported"),
     ({"version": 4}, "qcow2 version 4 is not supported"),
-    ({"cluster_bits": 8}, r"clusters of 2\*\*8 bytes"),
-    ({"cluster_bits": 22}, r"clusters of 2\*\*22 bytes"),
-    ({"cluster_bits": 0xFFFFFFFF}, r"clusters of 2\*\*4294967295 bytes"),
+    ({"cluster_bits": 8}, "cluster_bits is 8, not 9 to 21"),
+    ({"cluster_bits": 22}, "cluster_bits is 22, not 9 to 21"),
+    ({"cluster_bits": 0xFFFFFFFF}, "cluster_bits is 4294967295, not 9 to 21"),
     ({"header_length": 0}, "header says it is 0 bytes long"),
     ({"header_length": 96}, "header says it is 96 bytes long"),
     ({"header_length": 64 * K + 8}, "more than a cluster of 65536"),
@@ -195,8 +195,8 @@ MALFORMED = [
     ({"backing_file_offset": 2**63}, "backing file name is said to be at offset"),
     ({"backing_file_size": 1024}, "backing file name is 1024 bytes long, more than 1023"),
     ({"backing_file_size": 0xFFFFFFFF}, "backing file name is 4294967295 bytes long"),
-    ({"refcount_order": 7}, r"refcounts of 2\*\*7 bits"),
-    ({"refcount_order": 0xFFFFFFFF}, r"refcounts of 2\*\*4294967295 bits"),
+    ({"refcount_order": 7}, "refcount_order is 7, not 0 to 6"),
+    ({"refcount_order": 0xFFFFFFFF}, "refcount_order is 4294967295, not 0 to 6"),
     ({"incompatible_features": 1 << 5}, "not known here: bit 5$"),
     ({"incompatible_features": 1 << 63 | 1 << 7 | 1}, "not known here: bit 7, bit 63$"),
     ({"incompatible_features": 1 << 3}, "compression type 0 contradicts its feature bit"),
@@ -244,7 +244,7 @@ STRICTER = [
 
 @pytest.mark.parametrize(("fields", "reason"), MALFORMED + STRICTER)
 def test_malformed(image, fields, reason):
-    with pytest.raises(ImageError, match=rf"^'disk.img': .*({reason})"):
+    with pytest.raises(ImageError, match=rf"^disk.img: .*({reason})"):
         parse(patched(image, **fields))
 
 
@@ -262,7 +262,7 @@ def test_qemu_refuses_that_too(image, fields, tmp_path):
 
 @pytest.mark.parametrize("raw", [b"", b"QFI", b"\0" * 4096, b"QFI\xfa" + bytes(4096), b"#!/bin/sh"])
 def test_other_files(raw):
-    with pytest.raises(ImageError, match=r"^'disk.img': not a qcow2 image$"):
+    with pytest.raises(ImageError, match=r"^disk.img: not a qcow2 image$"):
         parse(raw)
 
 
@@ -270,7 +270,7 @@ def test_other_files(raw):
 def test_files_cut_short_anywhere(version, request):
     raw = request.getfixturevalue(version)
     for length in [*range(4, 200), 512, 64 * K - 1, 64 * K, 128 * K - 1, 192 * K, len(raw) - 1]:
-        with pytest.raises(ImageError, match=r"^'disk.img': cut short: "):
+        with pytest.raises(ImageError, match=r"^disk.img: cut short: "):
             parse(raw[:length])
     assert parse(raw)
 
@@ -336,7 +336,7 @@ def is_header_or_image_error(raw, file_size):
     else:
         assert usable(header, file_size)
         return
-    assert said.startswith("'disk.img': ")
+    assert said.startswith("disk.img: ")
     assert "\n" not in said
 
 

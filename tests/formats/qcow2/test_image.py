@@ -52,6 +52,24 @@ async def test_a_cache_full_of_dirty_tables_is_written_back_before_another_is_ma
     assert len([entry for entry in Layout(file.content).l1 if entry]) >= 10
 
 
+async def test_a_request_that_waits_for_a_table_while_the_image_is_stopped_ends(file):
+    """The cache is full of dirty tables, and nothing is written back any more."""
+    sizes = CacheSizes(l2=0, refcount=1 << 20)
+    async with open_memory(file, cache_sizes=sizes, close=False) as (backend, node):
+        await backend.write(0, b"x" * C)
+        file.holds["write"] = hold = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def write():
+                with pytest.raises(OSError, match="stopped: damaged"):
+                    await backend.write(40 * K, b"y" * C)
+
+            await trio.testing.wait_all_tasks_blocked()
+            node.image.stop(CorruptImage("damaged"))
+            hold.set()
+
+
 async def test_stopping_keeps_the_first_reason_and_wakes_the_background_task(file):
     async with open_memory(file, close=False) as (_, node):
         image = node.image

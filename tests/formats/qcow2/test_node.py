@@ -206,6 +206,62 @@ async def test_many_flushes_at_once_cost_few(empty):
         assert len([entry for entry in empty.log if entry.data is None]) <= 3
 
 
+async def test_writers_that_wait_for_durability_share_flushes(empty):
+    """As many as come during one are covered by the next, though others go on writing."""
+    file = MemoryFile(empty.content, patience=8)
+    async with open_memory(file) as (backend, _):
+        await backend.write(0, b"o" * C)
+        await backend.flush()
+        file.log.clear()
+
+        async def writer(number):
+            for _ in range(10):
+                await backend.write(number * 8, b"n" * 8, fua=True)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                nursery.start_soon(writer, number)
+        assert len([entry for entry in file.log if entry.data is None]) <= 40
+
+
+@pytest.mark.parametrize("ending", ["fails", "is cancelled"])
+async def test_a_flush_that_ends_badly_covers_nobody(empty, ending):
+    async with open_memory(empty, close=False) as (backend, node):
+        await backend.write(0, b"o" * C)
+        empty.holds["write"] = hold = trio.Event()
+        outcomes = []
+
+        async def flush():
+            try:
+                await node.flush()
+            except OSError:
+                outcomes.append("failed")
+            else:
+                outcomes.append("done")
+
+        failures = ["write"] if ending == "fails" else []
+
+        def fail(kind, _offset):
+            if kind in failures:
+                failures.remove(kind)
+                raise OSError(28, "full")
+
+        empty.fail = fail
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as first:
+                    first.start_soon(flush)
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(flush)
+                    await trio.testing.wait_all_tasks_blocked()
+                    if ending == "is cancelled":
+                        scope.cancel()
+                    del empty.holds["write"]
+                    hold.set()
+        assert outcomes == (["failed", "done"] if ending == "fails" else ["done"])
+        assert guest_bytes(empty.content)[:C] == b"o" * C
+
+
 async def test_statistics(empty):
     async with open_memory(empty) as (backend, _):
         await backend.write(0, b"o" * C)

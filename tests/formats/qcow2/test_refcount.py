@@ -362,3 +362,14 @@ async def test_a_misplaced_refcount_block_is_refused_at_the_open(image, entry, r
         async with open_memory(file):
             pass
     assert file.content == before
+
+
+async def test_blocks_made_for_a_file_that_only_grows_do_not_stay_in_memory(image):
+    file = image(3 << 20, cluster_size=512)
+    sizes = CacheSizes(l2=1 << 20, refcount=4096)
+    async with open_memory(file, cache_sizes=sizes) as (backend, node):
+        for start in range(0, 3 << 20, 1 << 18):
+            await backend.write(start, b"x" * (1 << 18))
+            await backend.flush()
+        assert node.image.refcounts.blocks.statistics().nb_bytes < 8192
+    assert_sound(file.content)

@@ -49,12 +49,12 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "reason", "may_read"), REFUSED)
 def test_refused(header, changes, reason, may_read):
     changed = dataclasses.replace(header, **changes)
-    with pytest.raises(ImageError, match=f"^'disk.img': .*{reason}"):
+    with pytest.raises(ImageError, match=f"^disk.img: .*{reason}"):
         check_supported(changed, "disk.img", read_only=False)
     if may_read:
         check_supported(changed, "disk.img", read_only=True)
     else:
-        with pytest.raises(ImageError, match=f"^'disk.img': .*{reason}"):
+        with pytest.raises(ImageError, match=f"^disk.img: .*{reason}"):
             check_supported(changed, "disk.img", read_only=True)
 
 

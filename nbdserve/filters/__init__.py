@@ -1,0 +1,1 @@
+"""Filter nodes: nodes with one child, whose data is the child's."""
