@@ -49,7 +49,7 @@ def refuse(image, socket_path, *options, command="serve"):
     (["-p", "http"], "--port"),
     (["-e", "-1"], "--shared"),
     (["-e", "many"], "--shared"),
-    (["--cache=none"], "--cache"),
+    (["--aio=native"], "--aio=native needs O_DIRECT"),
     (["--cache=fast"], "--cache"),
     (["--discard=maybe"], "--discard"),
     (["--detect-zeroes=maybe"], "--detect-zeroes"),
