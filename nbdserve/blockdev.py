@@ -19,8 +19,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from nbdserve.errors import ConfigError
-from nbdserve.imageopts import Options, children_of
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.imageopts import Options, children_of, options_of_name
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ __all__ = [
     "Qcow2Options",
     "RawOptions",
     "ThrottleOptions",
+    "image_tree",
     "parse_node",
-    "plain_image",
 ]
 
 T = TypeVar("T")
@@ -164,10 +164,30 @@ def parse_node(options: Mapping[str, Scalar], path: str = "") -> NodeOptions:
     return _node(options, path, is_child=False)
 
 
-def plain_image(filename: str, driver: str | None) -> NodeOptions:
-    """The tree that a file name and a format stand for; None: the format is probed."""
-    options = {"file.filename": filename} | ({} if driver is None else {"driver": driver})
-    return parse_node(options)
+def image_tree(
+    name: str,
+    image_format: str | None,
+    *,
+    directory: str = "",
+    given: Mapping[str, Scalar] | None = None,
+    path: str = "",
+) -> NodeOptions:
+    """The tree that an image's name stands for, and the name of its format.
+
+    A format goes before one that a json: name says, and options that are `given` go before both
+    (bdrv_open_backing_file). `directory` as in `options_of_name`, `path` as in `parse_node`.
+
+    :raises ImageError: a format that there is not.
+    :raises ConfigError: as `options_of_name` and `parse_node`.
+    """
+    options = options_of_name(name, directory)
+    if image_format is not None:
+        if image_format not in FORMATS:
+            file = options.get("file.filename", name)
+            known = ", ".join(FORMATS)
+            raise ImageError(f"{file}: unknown format {image_format!r}; known are {known}")
+        options["driver"] = image_format
+    return parse_node({**options, **(given or {})}, path)
 
 
 def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOptions:

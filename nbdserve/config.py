@@ -12,14 +12,15 @@ Names and meanings are QEMU's (docs/interop/qemu-nbd, block/ `bdrv_parse_cache_m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
+from nbdserve.blockdev import Aio, DetectZeroes, Discard, NodeOptions, image_tree
 from nbdserve.errors import ConfigError
+from nbdserve.inherit import Effective, root_settings
 
-Discard = Literal["ignore", "unmap"]
-DetectZeroes = Literal["off", "on", "unmap"]
-Aio = Literal["threads", "io_uring", "native"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 DEFAULT_PORT = 10809
 """The port IANA assigned to NBD."""
@@ -168,9 +169,11 @@ class ThrottleConfig:
 class ImageConfig:
     """The image to open, and the window of it to serve.
 
-    ``format`` is a driver's name, None to probe. ``aio`` is the I/O engine's, None for
-    the fastest that is correct. ``offset`` is in bytes: the served
-    disk begins there in the guest's disk.
+    ``filename`` and ``format`` (a driver's name, None to probe) stand for a tree of nodes;
+    ``options`` give the tree node by node, and ``filename`` is then what the image is called.
+    What else is here is for the nodes that have no such option of their own; ``aio`` None is the
+    fastest I/O engine that is correct. ``offset`` is in bytes: the served disk begins there in
+    the guest's disk.
     """
 
     filename: str
@@ -182,6 +185,8 @@ class ImageConfig:
     offset: int = 0
     aio: Aio | None = None
     throttle: ThrottleConfig | None = None
+    force_share: bool = False
+    options: NodeOptions | None = None
 
     def __post_init__(self) -> None:
         if not self.filename:
@@ -190,8 +195,27 @@ class ImageConfig:
             raise ConfigError(f"the image's file name {self.filename!r} contains a NUL byte")
         if self.offset < 0:
             raise ConfigError(f"--offset: {self.offset} is negative")
-        if self.detect_zeroes == "unmap" and self.discard != "unmap":
-            raise ConfigError("--detect-zeroes=unmap needs --discard=unmap")
+        if self.options is not None and self.format is not None:
+            raise ConfigError("a format cannot be given beside the image's options")
+        root_settings(self.tree, self.flags)
+
+    @property
+    def tree(self) -> NodeOptions:
+        """What is asked of the uppermost node and all below it."""
+        return self.options or image_tree(self.filename, self.format)
+
+    @property
+    def flags(self) -> Effective:
+        """What the uppermost node does where its own options say nothing."""
+        return Effective(
+            read_only=self.read_only,
+            force_share=self.force_share,
+            direct=self.cache.direct,
+            no_flush=self.cache.no_flush,
+            discard=self.discard,
+            detect_zeroes=self.detect_zeroes,
+            aio=self.aio,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +259,9 @@ class ListenConfig:
 class ServeConfig:
     """One run of the server.
 
-    ``max_clients`` 0 means any number. Without ``persistent`` the server ends when the
-    last client has left; it always waits for the first.
+    ``others`` are served beside ``image`` and ``export``. ``groups``: throttle groups by name, for
+    throttles and throttle nodes to refer to. ``max_clients`` 0 means any number. Without
+    ``persistent`` the server ends when the last client has left; it always waits for the first.
     """
 
     image: ImageConfig
@@ -246,8 +271,19 @@ class ServeConfig:
     persistent: bool = True
     pid_file: str | None = None
     verbose: bool = False
+    others: tuple[tuple[ImageConfig, ExportConfig], ...] = ()
+    groups: Mapping[str, ThrottleLimits] = field(default_factory=dict)
+
+    def served(self) -> Iterator[tuple[ImageConfig, ExportConfig]]:
+        """All images with their exports, the first one first."""
+        yield self.image, self.export
+        yield from self.others
 
     def __post_init__(self) -> None:
+        names = [export.name for _, export in self.served()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"the export name {name!r} is given twice")
         if self.max_clients < 0:
             raise ConfigError(f"--shared: {self.max_clients} is negative")
         if self.pid_file == "":

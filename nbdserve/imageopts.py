@@ -1,21 +1,23 @@
-"""The two spellings of block device options, both turned into one flat dict.
+"""The spellings of block device options, all turned into one flat dict.
 
-``driver=qcow2,file.filename=disk.qcow2,cache.direct=on`` is what --image-opts takes, and
-``json:{"driver": "qcow2", "file": {"filename": "disk.qcow2"}}`` is a file name that holds options.
-What the options mean is blockdev.py's business. Here a key is a path with dots, as in QEMU, which
-flattens the nested spelling to the dotted one; a node's child gets the keys below ``file.``.
+``driver=qcow2,file.filename=disk.qcow2,cache.direct=on`` is what --image-opts takes;
+``json:{"driver": "qcow2", "file": {"filename": "disk.qcow2"}}`` is a file name that holds options;
+and a plain file name is an option too. What they mean is blockdev.py's business. Here a key is a
+path with dots, as in QEMU, which flattens the nested spelling to the dotted one; a node's child
+gets the keys below ``file.``.
 
 A json: name may stand in an image that somebody else made. Whatever the text, the answer is a dict
 of bounded size and depth or a ConfigError of one line.
 
-Follows opts_do_parse and get_opt_value (util/qemu-option.c), parse_json_filename (block.c),
-qdict_flatten, and json-lexer.c for strings in single quotes. Unlike QEMU, where the last one wins,
-an option that is given twice is refused.
+Follows opts_do_parse and get_opt_value (util/qemu-option.c), parse_json_filename, path_has_protocol
+and bdrv_get_full_backing_filename (block.c), qdict_flatten, and json-lexer.c for strings in single
+quotes. Unlike QEMU, where the last one wins, an option that is given twice is refused.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +31,7 @@ __all__ = [
     "Options",
     "Scalar",
     "children_of",
+    "options_of_name",
     "parse_image_opts",
     "parse_json_name",
     "parse_keyval",
@@ -50,6 +53,9 @@ MAX_SHOWN = 200
 
 # The implied key of a first item without "=": qemu-nbd's file_opts.
 IMPLIED_KEY = "file"
+
+# A colon before any slash: what stands before it names a protocol driver (path_has_protocol).
+_PROTOCOL = re.compile("(?P<name>[^/:]*):")
 
 # A string in either kind of quotes, or one bracket. A string without an end is taken to the end of
 # the text, so that nothing is looked at twice.
@@ -110,6 +116,27 @@ def _value(text: str, start: int) -> tuple[str, int]:
     return text[start:end].replace(",,", ","), end
 
 
+def options_of_name(name: str, directory: str = "") -> Options:
+    """Options from the name of an image, such as an overlay's header holds.
+
+    A plain name is relative to `directory`. What stands behind ``file:`` is taken as it is, and so
+    are the names within ``json:``: both are relative to where the process runs.
+
+    :raises ConfigError: another protocol, or as in `parse_json_name`.
+    """
+    if name.startswith(JSON_PREFIX):
+        return parse_json_name(name)
+    protocol = _PROTOCOL.match(name)
+    if protocol is None:
+        return {"file.filename": os.path.join(directory, name)}
+    if protocol["name"] != "file":
+        raise ConfigError(
+            f"{_shown(name)}: unknown protocol {_shown(protocol['name'])!r}; a file of that name"
+            " is ./ and the name"
+        )
+    return {"file.filename": name[protocol.end() :]}
+
+
 def parse_json_name(name: str) -> Options:
     """Options from ``json:{...}``, nested, dotted or both.
 
@@ -118,7 +145,6 @@ def parse_json_name(name: str) -> Options:
     text = name.removeprefix(JSON_PREFIX)
     if len(text) > MAX_TEXT:
         raise ConfigError(f"{JSON_PREFIX} longer than {MAX_TEXT} characters")
-    shown = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
     try:
         value = json.loads(
             _double_quoted(text),
@@ -127,10 +153,14 @@ def parse_json_name(name: str) -> Options:
         )
     # int() refuses numbers of thousands of digits by ValueError.
     except ValueError as error:
-        raise ConfigError(f"{shown}: not valid JSON: {error}") from None
+        raise ConfigError(f"{_shown(name)}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{shown}: not a JSON object")
+        raise ConfigError(f"{_shown(name)}: not a JSON object")
     return _collect(_flatten(value, ""))
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
 
 
 def _double_quoted(text: str) -> str:

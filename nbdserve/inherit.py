@@ -9,8 +9,8 @@ A pure function per kind of parent. A node's own options always win; what is mis
 Everything but a backing file inherits read-only; a backing file is read-only unless it says
 otherwise, and is refused then, as nothing writes to one here. `discard` is not inherited: the node
 above has already decided what it passes on, so below it everything may be unmapped. Neither is
-`detect-zeroes`: once is enough. The I/O engine goes down to every file that names no own
-(BDRV_O_NATIVE_AIO and BDRV_O_IO_URING are flags, and flags go down).
+`detect-zeroes`: once is enough, at the root. The I/O engine goes down to every file that names no
+own (BDRV_O_NATIVE_AIO and BDRV_O_IO_URING are flags, and flags go down).
 """
 
 from __future__ import annotations
@@ -79,8 +79,12 @@ def child_settings(
         aio=parent.aio,
     )
     settings = _resolve(options, defaults, path)
+    if settings.auto_read_only and parent.read_only:
+        settings = replace(settings, read_only=True)
     if is_backing and not settings.read_only:
         raise ConfigError(f"{path}read-only=off: nothing here writes to a backing file")
+    if settings.detect_zeroes != "off":
+        raise ConfigError(f"{path}detect-zeroes: only the uppermost node looks for zeroes")
     if settings.read_only and not defaults.read_only:
         raise ConfigError(f"{path}read-only=on: the node above is not read-only and writes to it")
     return settings

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.errors import ConfigError
-from nbdserve.graph import open_backend
+from nbdserve.graph import open_backend, shared_by_drives
 from nbdserve.listeners import Listeners, nbd_uri, open_listeners
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
@@ -73,7 +73,7 @@ class Ready:
     """What can be told once clients are accepted.
 
     ``where`` has the port the kernel chose, or the absolute path of the unix socket;
-    ``size`` is the export's, in bytes.
+    ``uri``, ``size`` (in bytes) and ``read_only`` are the first export's.
     """
 
     uri: str
@@ -102,22 +102,23 @@ async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> No
 async def _serve_until(
     stop: trio.Event, config: ServeConfig, on_ready: Callable[[Ready], None]
 ) -> None:
-    with contextlib.ExitStack() as at_end:
-        async with open_backend(config.image) as backend:
-            export = Export(
-                config.export.name,
-                backend,
-                config.export.description,
-                multi_conn=config.max_clients != 1,
-            )
+    with contextlib.ExitStack() as at_end, shared_by_drives(config.groups) as shared:
+        async with contextlib.AsyncExitStack() as drives:
+            exports = []
+            for image, what in config.served():
+                backend = await drives.enter_async_context(open_backend(image, shared))
+                multi_conn = config.max_clients != 1
+                exports.append(Export(what.name, backend, what.description, multi_conn=multi_conn))
             listeners = await open_listeners(config.listen, backlog=_backlog(config))
             at_end.callback(listeners.remove)
             if config.pid_file is not None:
                 at_end.enter_context(pid_file(config.pid_file))
             uri = nbd_uri(listeners.where, config.export.name)
-            on_ready(Ready(uri, listeners.where, backend.size, backend.read_only))
-            log.info("serving %s at %s", backend.filename, uri)
-            server = _Server(listeners, [export], config, stop)
+            first = exports[0].backend
+            on_ready(Ready(uri, listeners.where, first.size, first.read_only))
+            for export in exports:
+                log.info("serving %s as %r at %s", export.backend.filename, export.name, uri)
+            server = _Server(listeners, exports, config, stop)
             await server.run()
 
 

@@ -8,10 +8,10 @@ from nbdserve.blockdev import (
     Qcow2Options,
     RawOptions,
     ThrottleOptions,
+    image_tree,
     parse_node,
-    plain_image,
 )
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.imageopts import parse_image_opts
 
 FILE = FileOptions(filename="a")
@@ -240,7 +240,47 @@ def test_a_path_goes_before_every_name():
 
 
 def test_a_plain_name_and_a_format_are_the_same_tree():
-    assert plain_image("a", "qcow2") == node("driver=qcow2,file.filename=a")
-    assert plain_image("a", None) == node("file.filename=a")
-    with pytest.raises(ConfigError, match="unknown driver 'vmdk'"):
-        plain_image("a", "vmdk")
+    assert image_tree("a", "qcow2") == node("driver=qcow2,file.filename=a")
+    assert image_tree("a", None) == node("file.filename=a")
+    with pytest.raises(ImageError, match=r"^a: unknown format 'vmdk'; known are qcow2, raw"):
+        image_tree("a", "vmdk")
+    with pytest.raises(ImageError, match=r"^/d/a: unknown format"):
+        image_tree("a", "file", directory="/d")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("a", None), ProbedOptions(file=FILE, rest={}, path="")),
+        (("file:a", "raw"), RawOptions(file=FILE)),
+        (("./x:a", "raw"), RawOptions(file=FileOptions(filename="./x:a"))),
+        (("json:{'driver': 'raw', 'file.filename': 'a'}", None), RawOptions(file=FILE)),
+        (("json:{'driver': 'qcow2', 'file.filename': 'a'}", "raw"), RawOptions(file=FILE)),
+    ],
+)
+def test_names(arguments, expected):
+    assert image_tree(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [
+        ("a", "/d/a"),
+        ("../a", "/d/../a"),
+        ("/a", "/a"),
+        ("file:a", "a"),
+        ("json:{'file.filename': 'a'}", "a"),
+        ("", "/d/"),
+    ],
+)
+def test_only_a_plain_name_is_relative_to_the_overlay(name, opened):
+    expected = RawOptions(file=FileOptions(filename=opened))
+    assert image_tree(name, "raw", directory="/d") == expected
+
+
+def test_what_was_given_goes_before_the_name_and_the_format():
+    name = "json:{'driver': 'qcow2', 'file.filename': 'a', 'file.aio': 'threads', 'size': 512}"
+    given = {"driver": "raw", "file.aio": "native"}
+    assert image_tree(name, "qcow2", given=given) == RawOptions(
+        file=FileOptions(filename="a", aio="native"), size=512
+    )

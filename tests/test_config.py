@@ -34,7 +34,7 @@ def test_there_are_five_cache_modes():
         (lambda: ImageConfig(""), "file name is empty"),
         (lambda: ImageConfig("a\0b"), "NUL"),
         (lambda: ImageConfig("a", offset=-1), "--offset"),
-        (lambda: ImageConfig("a", discard="ignore", detect_zeroes="unmap"), "--discard=unmap"),
+        (lambda: ImageConfig("a", discard="ignore", detect_zeroes="unmap"), "discard=unmap"),
         (lambda: ExportConfig("x" * 4097), "--export-name"),
         (lambda: ExportConfig("é" * 2049), "4098 bytes"),
         (lambda: ExportConfig("a\0b"), "--export-name"),

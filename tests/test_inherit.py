@@ -57,7 +57,6 @@ def test_what_was_not_given_is_inherited(name, parent, as_file, as_backing):
         ("direct", False),
         ("no_flush", False),
         ("discard", "ignore"),
-        ("detect_zeroes", "on"),
     ],
 )
 def test_what_was_given_wins(name, value, role):
@@ -71,11 +70,16 @@ def test_a_root_takes_the_rest_from_the_command_line():
     assert root_settings(NodeOptions(), ALL_ON) == ALL_ON
     assert root_settings(NodeOptions(direct=False), ALL_ON) == replace(ALL_ON, direct=False)
     assert root_settings(NodeOptions(read_only=True), Effective()) == Effective(read_only=True)
+    options = NodeOptions(detect_zeroes="on")
+    assert root_settings(options, ALL_ON) == replace(ALL_ON, detect_zeroes="on")
 
 
-def test_a_file_may_be_writable_below_what_is_not():
-    settings = child_settings(NodeOptions(read_only=False), Effective(read_only=True), FILE, "")
-    assert not settings.read_only
+def test_a_file_may_be_writable_below_what_is_not_unless_that_is_left_to_it():
+    options, above = NodeOptions(read_only=False), Effective(read_only=True)
+    assert not child_settings(options, above, FILE, "").read_only
+    options = NodeOptions(read_only=False, auto_read_only=True)
+    assert child_settings(options, above, FILE, "").read_only
+    assert not child_settings(options, Effective(), FILE, "").read_only
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,10 @@ def test_a_file_may_be_writable_below_what_is_not():
         (
             NodeOptions(force_share=True), Effective(), FILE,
             "file.force-share=on needs read-only=on",
+        ),
+        (
+            NodeOptions(detect_zeroes="on"), Effective(), FILE,
+            "file.detect-zeroes: only the uppermost node looks for zeroes",
         ),
         (
             NodeOptions(detect_zeroes="unmap", discard="ignore"), Effective(), FILE,

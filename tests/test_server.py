@@ -106,7 +106,7 @@ def world(monkeypatch):
     world = World()
 
     @contextlib.asynccontextmanager
-    async def open_backend(config):
+    async def open_backend(config, shared):
         await trio.lowlevel.checkpoint()
         if world.open_error is not None:
             raise world.open_error

@@ -46,14 +46,13 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
 
 
 def _with_absolute_paths(config: ServeConfig) -> ServeConfig:
-    """For a daemon, which leaves the directory it was started in."""
+    """For a daemon, which leaves the directory it was started in once its images are open."""
     where, pid_file = config.listen, config.pid_file
     if where.unix_path is not None:
         where = replace(where, unix_path=os.path.abspath(where.unix_path))
     if pid_file is not None:
         pid_file = os.path.abspath(pid_file)
-    image = replace(config.image, filename=os.path.abspath(config.image.filename))
-    return replace(config, image=image, listen=where, pid_file=pid_file)
+    return replace(config, listen=where, pid_file=pid_file)
 
 
 def _print(text: str) -> None:

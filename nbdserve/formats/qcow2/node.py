@@ -80,9 +80,12 @@ async def open_qcow2(
     *,
     read_only: bool,
     no_flush: bool = False,
+    pass_discard: bool = True,
     cache_sizes: CacheSizes | None = None,
 ) -> Qcow2Node:
     """Open an image whose header was read and whose backing file is open.
+
+    `pass_discard`: clusters that are freed are discarded in the file too.
 
     Read-write, the only thing written is that autoclear feature bits are cleared. Raises
     ImageError (unsupported, damaged), OSError.
@@ -121,6 +124,7 @@ async def open_qcow2(
         quarantine,
         end=geometry.clusters(file.size),
         end_is_zero=not getattr(file, "is_device", True),
+        pass_discard=pass_discard,
     )
     node = Qcow2Node(file, header, geometry, engine, read_only=read_only, no_flush=no_flush)
     node.image = Image(

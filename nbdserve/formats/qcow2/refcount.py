@@ -64,8 +64,10 @@ class Refcounts:
         *,
         end: int,
         end_is_zero: bool,
+        pass_discard: bool = True,
     ) -> None:
-        """`end`: index of the first cluster past the end of the file."""
+        """`end`: index of the first cluster past the end of the file. `pass_discard`: what becomes
+        free is discarded in the file too."""
         self.table = table
         self.moved_from: list[tuple[int, int]] = []  # (host offset, nb_clusters) of former tables
         self.blocks: TableCache  # set by the node: the cache loads through this object
@@ -75,6 +77,7 @@ class Refcounts:
         self._quarantine = quarantine
         self._end = end
         self._end_is_zero = end_is_zero
+        self._pass_discard = pass_discard
         self._searched = 0  # refcount blocks below this index have been searched
         self._search_end = -(-end // geometry.block_entries)
         self._free: list[tuple[int, int]] = []  # runs: first cluster, count
@@ -269,7 +272,7 @@ class Refcounts:
         freed = list(runs(c for c, count in times.items() if block.entries[c - low] == count))
         # Discarded while they still count as used: once a refcount is zero, even if only the
         # search for free clusters sees it, somebody may be writing to the cluster.
-        for first, count in freed:
+        for first, count in freed if self._pass_discard else ():
             with suppress(OSError):  # a hint
                 await self._file.discard(
                     first << geometry.cluster_bits, count << geometry.cluster_bits
