@@ -243,7 +243,7 @@ class Opener:
         if offset + (size or 0) > file.size:
             what = f"{place.path}offset: {offset}" + (f" and size: {size}" if size else "")
             raise ImageError(f"{file.filename}: {what} is beyond the end ({file.size} bytes)")
-        if size is None and not _can_grow(file):
+        if size is None and _is_disk(file):
             size = file.size - offset
         guarded = probed is not None and not settings.read_only
         if guarded:
@@ -264,7 +264,7 @@ class Opener:
         self, options: Qcow2Options, settings: Effective, place: Place, probed: FileNode | None
     ) -> Node:
         file = await self._file(options, settings, place.file(Use.FORMAT, settings), probed)
-        if not _can_grow(file):
+        if _is_disk(file):
             file = self._add(RawNode(file, size=file.size), None)
         header = await read_header(file)
         backing = await self._open_backing(options, header, settings, place, _leaf(file))
@@ -374,13 +374,12 @@ def _leaf(node: Node) -> FileNode:
     return node
 
 
-def _can_grow(node: Node) -> bool:
-    """Whether a format on it may write behind its end."""
-    while not isinstance(node, FileNode):
-        if isinstance(node, Qcow2Node) or (isinstance(node, RawNode) and node.has_end):
-            return False
+def _is_disk(node: Node) -> bool:
+    """Whether it is a guest's disk, which nothing may be written behind, and which does not look
+    where a request ends. Files grow, and windows on a disk look."""
+    while isinstance(node, ThrottleNode):
         node = node.children["file"]
-    return True
+    return isinstance(node, Qcow2Node)
 
 
 def _lock(file: FileNode, options: FileOptions, settings: Effective, place: Place) -> None:

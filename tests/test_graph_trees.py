@@ -176,7 +176,7 @@ async def test_an_image_in_a_window_does_not_grow_beyond_it(tmp_path, image):
         with pytest.raises(OSError, match="beyond") as caught:
             await backend.write(MIB // 4, b"2" * (MIB // 2))
         assert caught.value.errno == errno.ENOSPC
-        assert await read(backend, MIB // 4 - 2, 4) == b"11\0\0"
+        assert await read(backend, MIB // 4 - 2, 2) == b"11"
     data = (tmp_path / "big.img").read_bytes()
     assert data.startswith(b"x" * 512 + b"QFI\xfb")
     assert data.endswith(bytes(MIB // 2) + behind)

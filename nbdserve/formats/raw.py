@@ -52,11 +52,6 @@ class RawNode(Node):
         self._first_sector = trio.Lock()
 
     @property
-    def has_end(self) -> bool:
-        """Whether nothing can be written behind the window."""
-        return self._end is not None
-
-    @property
     def children(self) -> Mapping[str, Node]:
         return {"file": self._file}
 
