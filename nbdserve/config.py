@@ -19,6 +19,7 @@ from nbdserve.errors import ConfigError
 
 Discard = Literal["ignore", "unmap"]
 DetectZeroes = Literal["off", "on", "unmap"]
+Aio = Literal["threads", "io_uring", "native"]
 
 DEFAULT_PORT = 10809
 """The port IANA assigned to NBD."""
@@ -167,7 +168,8 @@ class ThrottleConfig:
 class ImageConfig:
     """The image to open, and the window of it to serve.
 
-    ``format`` is a driver's name, None to probe. ``offset`` is in bytes: the served
+    ``format`` is a driver's name, None to probe. ``aio`` is the I/O engine's, None for
+    the fastest that is correct. ``offset`` is in bytes: the served
     disk begins there in the guest's disk.
     """
 
@@ -178,6 +180,7 @@ class ImageConfig:
     discard: Discard = "unmap"
     detect_zeroes: DetectZeroes = "off"
     offset: int = 0
+    aio: Aio | None = None
     throttle: ThrottleConfig | None = None
 
     def __post_init__(self) -> None:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.block.backend import BlockBackend
+from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
 from nbdserve.block.throttled import ThrottledBackend
-from nbdserve.drivers.file import FileNode, open_file
 from nbdserve.drivers.locks import PERMISSIONS, ImageLock, Role
-from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.drivers.open import open_file
+from nbdserve.engines.start import start_engine
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.filters.throttle_group import ThrottleGroups, ThrottleMember
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
@@ -34,10 +35,11 @@ from nbdserve.formats.raw import RawNode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from contextlib import AbstractContextManager
 
     from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig
+    from nbdserve.drivers.file import FileNode
+    from nbdserve.engines.engine import Engine
 
 __all__ = ["FORMATS", "locked_for_creation", "open_backend"]
 
@@ -65,9 +67,7 @@ async def open_backend(
     refused has not been written to. What the body raises comes in an exception group, as from any
     nursery.
     """
-    if config.cache.direct:
-        raise ConfigError(f"--cache={config.cache.name} needs O_DIRECT, which is not built yet")
-    engine = ThreadsEngine()
+    engine = start_engine(config.aio, direct=config.cache.direct)
     opener = _Opener(config, engine)
     try:
         root = await opener.open_root()
@@ -78,7 +78,7 @@ async def open_backend(
                 for node in opener.opened:
                     if isinstance(node, Qcow2Node) and not node.read_only:
                         nursery.start_soon(node.settle)
-                yield _new_backend(root, opener.epochs, nursery, throttle, config, engine.plug)
+                yield _new_backend(root, opener, nursery, throttle, config, engine)
                 nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
@@ -91,23 +91,25 @@ async def open_backend(
 
 def _new_backend(
     root: Node,
-    epochs: Epochs,
+    opener: _Opener,
     nursery: trio.Nursery,
     throttle: ThrottleMember | None,
     config: ImageConfig,
-    plug: Callable[[], AbstractContextManager[None]],
+    engine: Engine,
 ) -> BlockBackend:
     new: Callable[..., BlockBackend] = BlockBackend
     if throttle is not None:
         new = partial(ThrottledBackend, throttle=throttle)
     return new(
         root,
-        epochs,
+        opener.epochs,
         nursery,
         write_cache=config.cache.writeback,
         detect_zeroes=config.detect_zeroes,
         discard=config.discard == "unmap",
-        plug=plug,
+        engines=[engine],
+        direct=config.cache.direct,
+        buffers=opener.buffers,
     )
 
 
@@ -150,8 +152,9 @@ def locked_for_creation(filename: str) -> Iterator[None]:
 class _Opener:
     """Opens nodes and remembers them in order, so that they can be closed in reverse."""
 
-    def __init__(self, config: ImageConfig, engine: ThreadsEngine) -> None:
+    def __init__(self, config: ImageConfig, engine: Engine) -> None:
         self.epochs = Epochs()
+        self.buffers = BufferPool()
         self.opened: list[Node] = []
         self._config = config
         self._engine = engine
@@ -190,6 +193,7 @@ class _Opener:
             read_only=read_only,
             no_flush=self._config.cache.no_flush,
             discard=self._config.discard == "unmap" and not read_only,
+            direct=self.buffers if self._config.cache.direct else None,
         )
         self.opened.append(file)
         self._check_loop(file, chain)

@@ -138,7 +138,8 @@ class _Server:
         self._stop = stop
         self._connections: set[Connection] = set()
         self._room = trio.lowlevel.ParkingLot()
-        self._poller = Poller()
+        engines = {engine for export in exports for engine in export.backend.engines}
+        self._poller = Poller(list(engines))
         for export in exports:
             export.backend.on_wait = self._poller.waits
 

@@ -139,9 +139,9 @@ async def test_other_formats_are_refused(tmp_path, raw):
     assert str(raw) in await refusal(config(raw, format="qcow2"))
 
 
-async def test_o_direct_is_refused(raw):
-    assert await refusal(config(raw, cache=CACHE_MODES["none"]), ConfigError) == (
-        "--cache=none needs O_DIRECT, which is not built yet"
+async def test_native_aio_without_o_direct_is_refused(raw):
+    assert (await refusal(config(raw, aio="native"), ConfigError)).startswith(
+        "--aio=native needs O_DIRECT"
     )
 
 

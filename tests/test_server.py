@@ -52,6 +52,7 @@ class FakeBackend:
     size = 1 << 20
     read_only = False
     filename = "disk.qcow2"
+    engines = ()
 
     def __init__(self, world):
         self.world = world

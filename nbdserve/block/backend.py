@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from nbdserve.block.buffers import BufferPool
+from nbdserve.block.completions import plug_of
 from nbdserve.block.emulate import is_zero
 from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf, Node
 from nbdserve.block.run import READ, WRITE, Miss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterator, Sequence
 
     import trio
 
+    from nbdserve.block.completions import Completions
     from nbdserve.block.epoch import Epochs
 
 __all__ = ["BlockBackend"]
@@ -55,17 +57,21 @@ class BlockBackend:
         write_cache: bool,
         detect_zeroes: str = "off",
         discard: bool = True,
-        plug: Callable[[], AbstractContextManager[None]] = nullcontext,
+        direct: bool = False,
+        engines: Sequence[Completions] = (),
+        buffers: BufferPool | None = None,
     ) -> None:
         """`write_cache`: WCE, off in writethrough. `detect_zeroes`: off, on, unmap. `discard`:
-        whether discards are passed on, else they do nothing. `plug`: the engine's; what a front
-        end submits in `with backend.plug():` is handed over together."""
+        whether discards are passed on, else they do nothing. `direct`: the leaves can do nothing
+        at once (O_DIRECT). `engines`: of all leaves; what a front end submits in `with
+        backend.plug():` is handed over together. `buffers`: what the leaves use too."""
         self.root = root
         self.size = root.size
         self.read_only = root.read_only
         self.filename = root.filename
         self.nursery = nursery
-        self.plug = plug
+        self.engines = engines
+        self.plug = plug_of(engines)
         self.misses: Counter[Miss] = Counter()
         self.requests: Counter[str] = Counter()
         self.on_wait: Callable[[int], object] = lambda requests: None
@@ -75,7 +81,12 @@ class BlockBackend:
         self._detect_zeroes = detect_zeroes
         self._discard = discard
         # Writes that must be looked into, or be durable when answered, never take the short way.
-        self._writes_inline = write_cache and detect_zeroes == "off"
+        self._writes_inline = write_cache and detect_zeroes == "off" and not direct
+        self.buffers = buffers or BufferPool()
+        self.queues_reads = direct
+        """Ask `submit_read` before `read_nowait`."""
+        self.queues_writes = direct and write_cache and detect_zeroes == "off"
+        """The same of `submit_write`."""
 
     # --- the synchronous way -------------------------------------------------------------------
 
@@ -120,26 +131,50 @@ class BlockBackend:
     def submit_read(
         self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
     ) -> bool:
-        """Queue a read that would block with its leaf; `done` is called later, in the trio thread.
+        """Queue a read with its leaf; `done` is called later, in the trio thread.
 
-        False: it does not resolve to one leaf; use `read`.
+        False: it does not resolve to one run of a leaf; take another way.
         """
         runs = self._resolve(READ, offset, len(buffer))
-        if type(runs) is not list or len(runs) != 1 or runs[0][0] is None:
+        if type(runs) is not list or len(runs) != 1:
             return False
         leaf, host_offset, _ = runs[0]
-        epoch = self._epochs.enter()
+        if leaf is None:
+            return False
+        self._submit(leaf.submit_read, host_offset, buffer, done)
+        return True
+
+    def submit_write(
+        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
+    ) -> bool:
+        """As `submit_read`, a write in place without FUA; `data` is ours until it is done."""
+        runs = self._resolve(WRITE, offset, len(data))
+        if type(runs) is not list or len(runs) != 1:
+            return False
+        leaf, host_offset, _ = runs[0]
+        self._submit(_leaf(leaf).submit_write, host_offset, data, done)
+        return True
+
+    def _submit(
+        self,
+        submit: Callable[[int, Any, Callable[[OSError | None], None]], None],
+        host_offset: int,
+        data: Buffer,
+        done: Callable[[OSError | None], None],
+    ) -> None:
+        """In an epoch of its own: the host cluster is nobody else's until it is done."""
+        epochs = self._epochs
+        epoch = epochs.enter()
 
         def completed(error: OSError | None) -> None:
-            self._epochs.leave(epoch)
+            epochs.leave(epoch)
             done(error)
 
         try:
-            leaf.submit_read(host_offset, buffer, completed)  # type: ignore[union-attr]
+            submit(host_offset, data, completed)
         except BaseException:
-            self._epochs.leave(epoch)
+            epochs.leave(epoch)
             raise
-        return True
 
     def write_nowait(self, offset: int, data: Buffer) -> Miss | None:
         """Write at once; or say why not, nothing having been written. Raises OSError."""

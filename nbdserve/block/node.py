@@ -178,3 +178,9 @@ class Leaf(Node):
     ) -> None:
         """Queue a read with the engine; `done` is called later, from the engine's reaper."""
         raise OSError(5, f"{type(self).__name__} does not read")
+
+    def submit_write(
+        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
+    ) -> None:
+        """As `submit_read`, a write; `data` must stay as it is until then."""
+        raise OSError(1, f"{type(self).__name__} does not write")

@@ -15,15 +15,13 @@ and blk_co_do_pwritev_part).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.run import READ, WRITE, Miss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     import trio
 
@@ -64,21 +62,10 @@ class ThrottledBackend(BlockBackend):
         epochs: Epochs,
         nursery: trio.Nursery,
         throttle: Throttle,
-        *,
-        write_cache: bool,
-        detect_zeroes: str = "off",
-        discard: bool = True,
-        plug: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **options: Any,  # noqa: ANN401 - checked by BlockBackend
     ) -> None:
-        super().__init__(
-            root,
-            epochs,
-            nursery,
-            write_cache=write_cache,
-            detect_zeroes=detect_zeroes,
-            discard=discard,
-            plug=plug,
-        )
+        """`options`: BlockBackend's."""
+        super().__init__(root, epochs, nursery, **options)
         self._throttle = throttle
 
     # --- the synchronous way -------------------------------------------------------------------
@@ -106,6 +93,17 @@ class ThrottledBackend(BlockBackend):
         submitted = super().submit_read(offset, buffer, done)
         if not submitted:
             self._throttle.take_back(READ, len(buffer))
+        return submitted
+
+    def submit_write(
+        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
+    ) -> bool:
+        """As `submit_read`."""
+        if not self._admit_nowait(WRITE, len(data)):
+            return False
+        submitted = super().submit_write(offset, data, done)
+        if not submitted:
+            self._throttle.take_back(WRITE, len(data))
         return submitted
 
     def write_nowait(self, offset: int, data: Buffer) -> Miss | None:

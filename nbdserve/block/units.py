@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from typing import NewType
 
-__all__ = ["KIB", "MIB", "HostOffset", "align_up"]
+__all__ = ["KIB", "MIB", "HostOffset", "align_down", "align_up"]
 
 HostOffset = NewType("HostOffset", int)
 
 KIB = 1024
 MIB = 1024 * KIB
+
+
+def align_down(value: int, unit: int) -> int:
+    """The largest multiple of `unit` that is not above `value`."""
+    return value - value % unit
 
 
 def align_up(value: int, unit: int) -> int:

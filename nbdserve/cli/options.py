@@ -17,7 +17,7 @@ from nbdserve.cli.throttle import parse_throttle
 from nbdserve.config import (
     CACHE_MODES,
     DEFAULT_PORT,
-    CacheMode,
+    Aio,
     DetectZeroes,
     Discard,
     ExportConfig,
@@ -42,6 +42,8 @@ DISCARD_MODES: dict[str, Discard] = {
 """Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
 
 DEFAULT_CACHE = "writeback"
+
+AIO_MODES: dict[str, Aio] = {"threads": "threads", "io_uring": "io_uring", "native": "native"}
 
 DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
 
@@ -94,8 +96,10 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
         option("-o", "--offset", callback=_bytes, default="0", metavar="SIZE",
                help="Serve the disk from this byte on (suffixes k, M, G, ...)."),
         option("--cache", type=click.Choice(list(CACHE_MODES)), multiple=True, callback=_once,
-               show_default=DEFAULT_CACHE,
-               help="Cache mode; none and directsync are not supported yet."),
+               show_default=DEFAULT_CACHE, help="Cache mode."),
+        option("--aio", type=click.Choice(list(AIO_MODES)), multiple=True, callback=_once,
+               help="I/O engine; by default io_uring with O_DIRECT (--cache=none, directsync), else"
+               " threads. native needs O_DIRECT."),
         option("--discard", type=click.Choice(list(DISCARD_MODES)), multiple=True, callback=_once,
                default=[defaults.discard], show_default=True,
                help="Whether a client's trim frees space in the image."),
@@ -130,10 +134,11 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
             filename=options["image"],
             format=options["format"],
             read_only=options["read_only"],
-            cache=_cache_mode(options["cache"] or DEFAULT_CACHE),
+            cache=CACHE_MODES[options["cache"] or DEFAULT_CACHE],
             discard=DISCARD_MODES[options["discard"]],
             detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
             offset=options["offset"],
+            aio=AIO_MODES[options["aio"]] if options["aio"] is not None else None,
             throttle=parse_throttle(options["throttle"]),
         ),
         export=ExportConfig(options["export_name"], options["description"]),
@@ -143,10 +148,3 @@ def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
         pid_file=options["pid_file"],
         verbose=options["verbose"],
     )
-
-
-def _cache_mode(name: str) -> CacheMode:
-    mode = CACHE_MODES[name]
-    if mode.direct:
-        raise ConfigError(f"--cache: {name} needs O_DIRECT, which is not supported yet")
-    return mode

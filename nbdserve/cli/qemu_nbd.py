@@ -35,7 +35,6 @@ UNSUPPORTED: tuple[tuple[tuple[str, ...], bool], ...] = (
     (("--tls-creds",), True),
     (("--tls-authz",), True),
     (("--tls-hostname",), True),
-    (("--aio",), True),
     (("--image-opts",), False),
     (("--selinux-label",), True),
 )

@@ -3,7 +3,7 @@
 Law: what the page cache can answer is answered inline, by one system call and no hop; what would
 wait goes to the engine. Reads ask with RWF_NOWAIT and get EAGAIN instead of waiting. Writes go
 inline too, into the page cache, because a hop costs more than the copy; see `write_nowait` for
-the limit of that.
+the limit of that. With O_DIRECT there is no page cache: drivers/direct.py.
 
 Past the end of the file everything reads as zeroes. The end (`length`) moves only by our own
 writes: the image locks keep others away.
@@ -16,22 +16,23 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf
 from nbdserve.block.units import align_up
 from nbdserve.drivers.locks import ImageLock
 from nbdserve.engines import syscalls
-from nbdserve.errors import ImageError
+from nbdserve.engines.engine import completion
+from nbdserve.engines.transfer import write_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from nbdserve.drivers.locks import Permission
-    from nbdserve.engines.threads import ThreadsEngine
+    from nbdserve.engines.engine import Done, Engine
 
-__all__ = ["FileNode", "open_file"]
+__all__ = ["FileNode"]
 
 RWF_NOWAIT = os.RWF_NOWAIT
 
@@ -41,52 +42,9 @@ SECTOR = 512
 # How a file system says that it cannot do that here: at all, or (EINVAL) not to this range.
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
 
-# The most buffers that one pwritev takes; it refuses more with EINVAL.
-IOV_MAX = os.sysconf("SC_IOV_MAX")
-
 # Pieces in one block status answer: enough for the client's, and a file of a million holes shall
 # not keep the interpreter busy for a second.
 MAX_PIECES = 1024
-
-
-def open_file(
-    filename: str,
-    engine: ThreadsEngine,
-    *,
-    read_only: bool,
-    no_flush: bool = False,
-    discard: bool = False,
-) -> FileNode:
-    """Open a regular file or block device. Raises ImageError naming the file, nothing else."""
-    try:
-        # O_NONBLOCK so that a fifo in the image's place cannot hang the open; it means nothing
-        # for regular files and block devices.
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(filename, flags)
-    except OSError as error:
-        raise ImageError(f"{filename}: {error.strerror}", error.errno) from None
-    try:
-        status = os.fstat(fd)
-        is_device = stat.S_ISBLK(status.st_mode)
-        if not is_device and not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{filename}: neither a regular file nor a block device")
-        length = syscalls.block_device_size(fd) if is_device else status.st_size
-    except OSError as error:
-        os.close(fd)
-        raise ImageError(f"{filename}: {error.strerror}", error.errno) from None
-    except ImageError:
-        os.close(fd)
-        raise
-    return FileNode(
-        filename,
-        fd,
-        engine,
-        length,
-        is_device=is_device,
-        read_only=read_only,
-        no_flush=no_flush,
-        discard=discard,
-    )
 
 
 class FileNode(Leaf):
@@ -96,7 +54,7 @@ class FileNode(Leaf):
         self,
         filename: str,
         fd: int,
-        engine: ThreadsEngine,
+        engine: Engine,
         length: int,
         *,
         is_device: bool,
@@ -188,28 +146,31 @@ class FileNode(Leaf):
 
     # --- the asynchronous way ------------------------------------------------------------------
 
-    def submit_read(
-        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
-    ) -> None:
-        def completed(_result: object, error: BaseException | None) -> None:
-            if error is None or isinstance(error, OSError):
-                done(error)
-            else:
-                done(OSError(errno.EIO, f"{self.filename}: {error}"))
+    def submit_read(self, offset: int, buffer: memoryview, done: Done) -> None:
+        self._engine.submit_read(self.fd, buffer, offset, done)
 
-        self._engine.submit(completed, read_all, self.fd, buffer, offset)
+    def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
+        end = offset + len(data)
+
+        def completed(error: OSError | None) -> None:
+            if error is None:
+                self._wrote(end)
+            done(error)
+
+        self._engine.submit_write(self.fd, (data,), offset, completed)
 
     async def read(self, offset: int, buffer: memoryview) -> None:
-        await self._engine.run(read_all, self.fd, buffer, offset)
+        if len(buffer):
+            await completion(partial(self._engine.submit_read, self.fd, buffer, offset))
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self.writev(offset, (data,))
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
-        length = sum(map(len, data))
-        if length:
-            await self._engine.run(write_all, self.fd, data, offset)
-            self._wrote(offset + length)
+        data = [piece for piece in data if len(piece)]
+        if data:
+            await completion(partial(self._engine.submit_write, self.fd, data, offset))
+            self._wrote(offset + sum(map(len, data)))
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
@@ -277,7 +238,7 @@ class FileNode(Leaf):
         await self.generation.flush(self._fdatasync)
 
     async def _fdatasync(self) -> None:
-        await self._engine.run(os.fdatasync, self.fd)
+        await completion(partial(self._engine.submit_fsync, self.fd))
 
     async def close(self) -> None:
         """Flush what nobody flushed, as bdrv_close does, and let go of the file."""
@@ -295,30 +256,6 @@ class FileNode(Leaf):
             "written": self.generation.written,
             "flush": self.generation.statistics(),
         }
-
-
-def read_all(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from `offset`, with zeroes past the end of the file; may wait."""
-    while len(buffer):
-        done = os.preadv(fd, (buffer,), offset)
-        if not done:
-            buffer[:] = bytes(len(buffer))
-            return
-        buffer = buffer[done:]
-        offset += done
-
-
-def write_all(fd: int, data: Sequence[Buffer], offset: int) -> None:
-    """Write all buffers one after the other from `offset`; may wait."""
-    pending = [memoryview(piece) for piece in data if len(piece)]
-    while pending:
-        done = os.pwritev(fd, pending[:IOV_MAX], offset)
-        offset += done
-        while pending and done >= len(pending[0]):
-            done -= len(pending[0])
-            del pending[0]
-        if done:
-            pending[0] = pending[0][done:]
 
 
 def seek_extents(fd: int, offset: int, length: int) -> list[Extent]:

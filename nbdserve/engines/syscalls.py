@@ -53,6 +53,12 @@ _RANGE = struct.Struct("=QQ")
 _SIZE = struct.Struct("=Q")
 _INT = struct.Struct("=i")
 _LONG = struct.Struct("@l")
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_STATX_SPACE = 256
+_MASK = struct.Struct("=I")
+_DIO_ALIGNMENT = struct.Struct("=II")  # stx_dio_mem_align, stx_dio_offset_align
+_DIO_ALIGNMENT_AT = 0x98
 _STATFS_SPACE = 256  # struct statfs has 120 bytes on both machines, and f_type comes first
 
 
@@ -115,6 +121,22 @@ def discard_range(fd: int, offset: int, length: int, is_device: bool) -> None:
         block_discard(fd, offset, length)
     else:
         punch_hole(fd, offset, length)
+
+
+def direct_io_alignment(fd: int) -> tuple[int, int] | None:
+    """What O_DIRECT asks of (memory addresses, offsets and lengths) in bytes; zeroes if the file
+    cannot do it. None: the kernel, the C library or the file system does not say (Linux 6.1)."""
+    import ctypes
+
+    status = ctypes.create_string_buffer(_STATX_SPACE)
+    try:
+        _call("statx", fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, status)
+    except (OSError, AttributeError):
+        return None
+    if not _MASK.unpack_from(status)[0] & _STATX_DIOALIGN:
+        return None
+    memory, request = _DIO_ALIGNMENT.unpack_from(status, _DIO_ALIGNMENT_AT)
+    return memory, request
 
 
 def is_memory_file_system(fd: int) -> bool:

@@ -16,17 +16,23 @@ task is cancelled, it waits for it, because the buffer is not ours to reuse befo
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections import deque
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import outcome
 import trio
 
+from nbdserve.engines.engine import EngineStatistics
+from nbdserve.engines.transfer import read_all, write_all
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
+
+    from nbdserve.engines.engine import Buffer, Done
 
 __all__ = ["EngineStatistics", "ThreadsEngine"]
 
@@ -37,15 +43,6 @@ T = TypeVar("T")
 MAX_THREADS = 16
 
 Job = tuple[Any, tuple[Any, ...], Any]  # function, arguments, done(result, error)
-
-
-class EngineStatistics(NamedTuple):
-    """jobs: handed over; batches: hand-overs; threads: started; in_flight: not yet completed."""
-
-    jobs: int
-    batches: int
-    threads: int
-    in_flight: int
 
 
 class _Plug:
@@ -67,6 +64,7 @@ class ThreadsEngine:
     """Runs jobs in threads for the trio run in which it was started."""
 
     name = "threads"
+    eventfd = None
 
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
         self._max_threads = max_threads
@@ -104,6 +102,19 @@ class ThreadsEngine:
             self._plugged.append(job)
         else:
             self._hand_over([job])
+
+    def submit_read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
+        """See engines/engine.py, and for what follows too."""
+        self.submit(_completed(done), read_all, fd, buffer, offset)
+
+    def submit_write(
+        self, fd: int, data: Sequence[Buffer], offset: int, done: Done, *, dsync: bool = False
+    ) -> None:
+        flags = os.RWF_DSYNC if dsync else 0
+        self.submit(_completed(done), write_all, fd, data, offset, flags)
+
+    def submit_fsync(self, fd: int, done: Done) -> None:
+        self.submit(_completed(done), os.fdatasync, fd)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Run `function(*args)` in a thread and return its result or raise its error.
@@ -154,13 +165,25 @@ class ThreadsEngine:
                 return
 
     def _drain(self) -> None:
+        self.reap()
+
+    def reap(self) -> bool:
         completed = self._completed
+        if not completed:
+            return False
         while completed:
             done, result, error = completed.popleft()
             self._in_flight -= 1
             done(result, error)
         if not self._in_flight:
             self._all_done.unpark_all()
+        return True
+
+    def attach(self) -> None:
+        """Completions wake the trio thread in any case; a poller that reaps is only sooner."""
+
+    def detach(self) -> None:
+        """See `attach`."""
 
     async def idle(self) -> None:
         """Wait until every job has completed, those too that no task waits for.
@@ -182,3 +205,15 @@ class ThreadsEngine:
     def statistics(self) -> EngineStatistics:
         """Counters since the engine was started."""
         return EngineStatistics(self._jobs, self._batches, len(self._threads), self._in_flight)
+
+
+def _completed(done: Done) -> Callable[[object, BaseException | None], None]:
+    """The completion of a transfer as that of a job. What is no OSError is a bug of ours; whoever
+    waits gets an answer all the same."""
+
+    def completed(_result: object, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, OSError):
+            error = OSError(errno.EIO, f"internal error: {error!r}")
+        done(error)
+
+    return completed

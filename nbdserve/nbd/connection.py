@@ -47,8 +47,9 @@ from nbdserve.nbd.wire import OFFSET_DATA_CHUNK, SIMPLE_REPLY
 if TYPE_CHECKING:
     import logging
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from nbdserve.block.node import Buffer
     from nbdserve.block.run import Miss
     from nbdserve.nbd.export import Export
     from nbdserve.nbd.poller import Poller
@@ -177,9 +178,21 @@ class Connection:
         self._out = bytearray(SEND_AT + MAX_INLINE + CHUNK_ROOM)
         self._out_view = memoryview(self._out)
         self._outbox = Outbox(self._sock)
+        self._replies: list[Buffer] = []  # of late requests, not given to the outbox yet
+        self._lent: list[memoryview] = []  # buffers that replies on their way point into
         self._late = LateRequests(session, self._poller, self._send_late, self._log)
+        self._queue = self._queues()
         self._wanted = READABLE
         self._received = False
+
+    def _queues(self) -> dict[int, Callable[[Request], bool]]:
+        """By request head: what nothing at once can be done for, and is submitted."""
+        queues: dict[int, Callable[[Request], bool]] = {}
+        if self._backend.queues_reads:
+            queues[PLAIN_READ] = self._late.queue_read
+        if self._backend.queues_writes and self._writable:
+            queues[PLAIN_WRITE] = self._late.queue_write
+        return queues
 
     def _take(self, data: bytes) -> None:
         """Requests that arrived together with the last option."""
@@ -199,6 +212,7 @@ class Connection:
         """The socket is dead: replies are dropped, requests in flight go on."""
         self._end(f"the connection was lost: {error.strerror or error}")
         self._outbox.drop()
+        self._return_buffers()
         self._lost = True
         self._idle.set()
 
@@ -221,6 +235,8 @@ class Connection:
         try:
             if self._outbox.pending:
                 self._outbox.resume()
+                if not self._outbox.pending:
+                    self._return_buffers()
             if self._outbox.pending:
                 self._want(WRITABLE)
             elif self._ended.is_set():
@@ -278,13 +294,21 @@ class Connection:
         head_size = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
         longest = HOLES_FROM - 1 if structured else MAX_INLINE
         read_nowait, write_nowait = self._backend.read_nowait, self._backend.write_nowait
-        outbox, late = self._outbox, self._late
+        outbox, late, queue = self._outbox, self._late, self._queue
         while position < len(requests):
             request = requests[position]
             head, cookie, offset, length, payload = request
             position += 1
             try:
-                if head == PLAIN_READ and 0 < length <= longest and offset + length <= size:
+                if (
+                    queue
+                    and head in queue
+                    and 0 < length <= longest
+                    and offset + length <= size
+                    and queue[head](request)
+                ):
+                    pass
+                elif head == PLAIN_READ and 0 < length <= longest and offset + length <= size:
                     start = fill + head_size
                     miss = read_nowait(offset, view[start : start + length])
                     if miss is not None:
@@ -389,18 +413,40 @@ class Connection:
                 self._buffer.pin()
         self._late.start(request, data, miss)
 
-    def _send_late(self, reply: list[bytes | bytearray]) -> None:
+    def _send_late(self, reply: Sequence[Buffer], buffer: memoryview | None) -> None:
         """A late request is done. Never raises."""
+        if buffer is not None:
+            self._lent.append(buffer)
+        if not self._poller.in_round:
+            self._replies += reply
+            self._send_replies()
+            return
+        if not self._replies:
+            self._poller.soon(self._send_replies)
+        self._replies += reply
+
+    def _send_replies(self) -> None:
+        """What late requests answered, all that came together. Never raises."""
+        reply, self._replies = self._replies, []
         if self._lost:
+            self._return_buffers()
             self._idle.set()
             return
         try:
             self._outbox.send_all(reply)
         except OSError as error:
             self._lose(error)
+        if not self._outbox.pending:
+            self._return_buffers()
         if self._ended.is_set():
             self._idle.set()
         elif self._outbox.pending:
             self._want(WRITABLE)
         elif self._wanted == 0:
             self._want(READABLE | WRITABLE)  # writable at once: go on with what was left over
+
+    def _return_buffers(self) -> None:
+        """Nothing that was sent, or is never going to be, points into them any more."""
+        for buffer in self._lent:
+            self._backend.buffers.give(buffer)
+        self._lent.clear()

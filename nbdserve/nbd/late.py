@@ -1,8 +1,8 @@
 """Late requests: those that cannot be answered at once, from start to reply.
 
-A read that only waits for the disk is queued with its leaf and answered by a callback. Everything
-else runs as a task in the backend's nursery (nbd/commands.py), so that a client that goes away
-cancels nothing of it, least of all of an allocation that others wait for.
+A read or write that only waits for the disk is queued with its leaf and answered by a callback: no
+task, no await. Everything else runs as a task in the backend's nursery (nbd/commands.py), so that a
+client that goes away cancels nothing of it, least of all of an allocation that others wait for.
 
 Law of memory: `full` says when a connection must take no further request. It bounds the number and
 the bytes of what is under way; one request over the bound may always be.
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 from nbdserve.block.run import Miss
 from nbdserve.nbd import replies
 from nbdserve.nbd.commands import HANDLERS, read_reply_head
-from nbdserve.nbd.proto import Command
+from nbdserve.nbd.proto import SIMPLE_REPLY_MAGIC, Command
 from nbdserve.nbd.requests import Request, command_name, command_of, flags_of
+from nbdserve.nbd.wire import SIMPLE_REPLY
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from nbdserve.block.node import Buffer
     from nbdserve.nbd.options import Transmission
     from nbdserve.nbd.poller import Poller
 
@@ -37,13 +39,14 @@ CARRY_DATA = frozenset({int(Command.READ), int(Command.WRITE)})
 
 
 class LateRequests:
-    """Those of one connection. `on_reply(buffers)` is called for each as it is done."""
+    """Those of one connection. `on_reply(reply, buffer)` is called for each as it is done; `buffer`
+    is the pool's, to be given back once the reply is sent."""
 
     def __init__(
         self,
         session: Transmission,
         poller: Poller,
-        on_reply: Callable[[list[bytes | bytearray]], None],
+        on_reply: Callable[[Sequence[Buffer], memoryview | None], None],
         log: logging.Logger,
     ) -> None:
         """`poller`: is told how many requests need the other tasks to run."""
@@ -52,6 +55,7 @@ class LateRequests:
         self._bytes = 0
         self._session = session
         self._backend = session.export.backend
+        self._buffers = session.export.backend.buffers
         self._structured = session.structured_replies
         self._poller = poller
         self._on_reply = on_reply
@@ -59,33 +63,80 @@ class LateRequests:
 
     def _count(self, requests: int, nb_bytes: int) -> None:
         self.in_flight += requests
-        self._poller.busy += requests
         self._bytes += nb_bytes
         self.full = self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_BYTES
 
     def start(self, request: Request, data: memoryview | bytes | None, miss: Miss | None) -> None:
         """Start a request that was validated. `data`: a WRITE's payload, ours until the reply."""
-        self._count(1, _nb_bytes(request))
         try:
-            if miss is Miss.WOULD_BLOCK and data is None and self._queue_read(request):
+            if miss is Miss.WOULD_BLOCK and data is None and self.queue_read(request):
                 return
         except Exception as error:
-            self._finish(request, [self._failed(request, error)])
+            self._on_reply([self._failed(request, error)], None)
             return
+        self._count(1, _nb_bytes(request))
+        self._poller.busy += 1
         self._backend.nursery.start_soon(self._run, request, data)
 
-    def _queue_read(self, request: Request) -> bool:
+    def queue_read(self, request: Request) -> bool:
+        """Submit a READ that is within bounds; False: it must go another way."""
         _, cookie, offset, length, _ = request
-        data = bytearray(length)
+        buffers = self._buffers
+        buffer = buffers.take(length)
+        data = buffer[:length]
 
         def done(error: OSError | None) -> None:
+            self._count(-1, -length)
             if error is not None:
-                self._finish(request, [self.failure(request, error)])
+                self._on_reply([self.failure(request, error)], buffer)
             else:
                 head = read_reply_head(cookie, offset, length, structured=self._structured)
-                self._finish(request, [head, data])
+                self._on_reply([head, data], buffer)
 
-        return self._backend.submit_read(offset, memoryview(data), done)
+        if not self._submit(self._backend.submit_read, offset, data, done, buffer):
+            return False
+        self._count(1, length)
+        return True
+
+    def queue_write(self, request: Request) -> bool:
+        """Submit a WRITE without flags that is within bounds; False: it must go another way.
+
+        The payload is copied: out of the receive buffer, into memory that O_DIRECT takes.
+        """
+        _, cookie, offset, length, payload = request
+        buffer = self._buffers.take(length)
+        data = buffer[:length]
+        data[:] = payload  # type: ignore[assignment]
+
+        def done(error: OSError | None) -> None:
+            self._count(-1, -length)
+            self._buffers.give(buffer)
+            if error is not None:
+                self._on_reply([self.failure(request, error)], None)
+            else:
+                self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)], None)
+
+        if not self._submit(self._backend.submit_write, offset, data, done, buffer):
+            return False
+        self._count(1, length)
+        return True
+
+    def _submit(
+        self,
+        submit: Callable[[int, memoryview, Callable[[OSError | None], None]], bool],
+        offset: int,
+        data: memoryview,
+        done: Callable[[OSError | None], None],
+        buffer: memoryview,
+    ) -> bool:
+        """`buffer` goes back if it was not taken, or failed at once."""
+        taken = False
+        try:
+            taken = submit(offset, data, done)
+        finally:
+            if not taken:
+                self._buffers.give(buffer)
+        return taken
 
     async def _run(self, request: Request, data: memoryview | bytes | None) -> None:
         head, cookie, offset, length, _ = request
@@ -97,11 +148,9 @@ class LateRequests:
         except Exception as error:
             reply = [self._failed(request, error)]
         finally:
-            self._finish(request, reply)
-
-    def _finish(self, request: Request, reply: list[bytes | bytearray]) -> None:
-        self._count(-1, -_nb_bytes(request))
-        self._on_reply(reply)
+            self._poller.busy -= 1
+            self._count(-1, -_nb_bytes(request))
+            self._on_reply(reply, None)
 
     def _failed(self, request: Request, error: Exception) -> bytes:
         if not isinstance(error, OSError):

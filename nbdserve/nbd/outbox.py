@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable
 
+    from nbdserve.block.node import Buffer
+
 __all__ = ["Outbox"]
 
 # Buffers for one sendmsg; the kernel refuses more than 1024 (UIO_MAXIOV).
-MAX_IOV = 64
+MAX_IOV = 256
 
 
 class Outbox:
@@ -44,7 +46,7 @@ class Outbox:
         if sent != len(buffer):
             self._kept.append(buffer[sent:])
 
-    def send_all(self, buffers: Iterable[bytes | bytearray]) -> None:
+    def send_all(self, buffers: Iterable[Buffer]) -> None:
         """Send several buffers, one after the other."""
         waiting = bool(self._kept)
         self._kept.extend(memoryview(buffer) for buffer in buffers if buffer)

@@ -16,6 +16,11 @@ each request at 32 deep; measured: 5 % more requests at 32 deep, 20 % more at on
 just a request or two in flight, spinning yields the processor: where the scheduler has put both of
 us on one, it waits for us.
 
+Requests that wait for the disk are the I/O engines' (`completions`). What is done is reaped in each
+round: while there is work that costs no system call and no wake-up. For the sleep an engine's
+eventfd is in the epoll, edge-triggered, so that nobody need read it. Replies that completions made
+are sent once per round (`soon`).
+
 Law: the other tasks must not starve. While requests run as tasks (`busy`) every round ends in a
 checkpoint and there is no spinning; otherwise a checkpoint comes at least each `SLICE`. A handler
 does one bounded batch and returns. A request that only waits for its turn at a throttle needs no
@@ -33,7 +38,9 @@ from typing import TYPE_CHECKING
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from nbdserve.block.completions import Completions
 
 __all__ = ["READABLE", "WRITABLE", "Poller"]
 
@@ -56,8 +63,11 @@ SLICE = 1e-3
 class Poller:
     """Run `run` in a task; `busy` counts the requests that run as tasks."""
 
-    def __init__(self) -> None:
+    def __init__(self, completions: Sequence[Completions] = ()) -> None:
         self.busy = 0
+        self.in_round = False  # what is given to `soon` now is called soon
+        self._completions = completions
+        self._soon: list[Callable[[], None]] = []
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], int]] = {}
         self._wanted: dict[int, int] = {}
@@ -102,8 +112,36 @@ class Poller:
         number they end it."""
         self.busy -= requests
 
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call it once when the completions of this round are through. It may not raise."""
+        self._soon.append(callback)
+
     async def run(self) -> None:
         """Until cancelled."""
+        for completions in self._completions:
+            if completions.eventfd is not None:
+                self._epoll.register(completions.eventfd, select.EPOLLIN | select.EPOLLET)
+            completions.attach()
+        try:
+            await self._run()
+        finally:
+            for completions in self._completions:
+                completions.detach()
+                if completions.eventfd is not None:
+                    self._epoll.unregister(completions.eventfd)
+
+    def _reap(self) -> bool:
+        """What the engines have completed, and the replies that it makes."""
+        reaped = False
+        self.in_round = True
+        for completions in self._completions:
+            reaped |= completions.reap()
+        self.in_round = False
+        while self._soon:
+            self._soon.pop()()
+        return reaped
+
+    async def _run(self) -> None:
         poll, handlers = self._epoll.poll, self._handlers
         spin_until = 0.0
         rounds = 0
@@ -113,16 +151,17 @@ class Poller:
             ready = eager
             if not eager or rounds % EAGERLY == 0:
                 ready = list({*eager, *[fd for fd, _ in poll(0)]})
-            if len(ready) == len(handlers) == 1 and ready[0] in handlers:
+            if len(handlers) == 1 and len(ready) == 1 and ready[0] in handlers:
                 eager = await self._serve_alone(ready[0])
                 continue
+            reaped = self._reap()
             eager = []
             for fd in ready:
                 handler = handlers.get(fd)  # gone if an earlier handler ended that connection
                 if handler is not None and handler():
                     eager.append(fd)
             now = perf_counter()
-            if ready:
+            if ready or reaped:
                 spin_until = now + SPIN
                 await self._let_others_run(now)
             elif now > spin_until or self.busy:
@@ -144,8 +183,9 @@ class Poller:
         self._arm(fd, 0)
         try:
             while self._wanted.get(fd) == READABLE:
+                reaped = self._reap()
                 now = perf_counter()
-                if done:
+                if done or reaped:
                     few = done <= FEW
                     spin_until = now + SPIN
                 elif now > spin_until or self.busy:

@@ -4,10 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserve.block.units import KIB, MIB, align_up
+from nbdserve.block.units import KIB, MIB, align_down, align_up
 
 VALUES = st.integers(0, 1 << 63)
 UNITS = st.integers(1, 1 << 22)
+
+
+@given(VALUES, UNITS)
+def test_down_is_the_nearest_multiple_not_above(value, unit):
+    down = align_down(value, unit)
+    assert down % unit == 0
+    assert down <= value < down + unit
 
 
 @given(VALUES, UNITS)

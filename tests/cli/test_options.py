@@ -118,15 +118,23 @@ def test_options_may_follow_the_image():
 
 
 @pytest.mark.parametrize("mode", ["none", "directsync"])
-def test_o_direct_is_refused_by_name(mode):
-    with pytest.raises(ConfigError, match=f"--cache: {mode} needs O_DIRECT.*not supported yet"):
-        serve_argv(f"--cache={mode}")
+def test_o_direct_is_a_cache_mode(mode):
+    assert serve_argv(f"--cache={mode}").image.cache.direct
+
+
+@pytest.mark.parametrize("aio", ["threads", "io_uring", "native"])
+def test_the_engine_is_named_by_aio(aio):
+    assert serve_argv(f"--aio={aio}").image.aio == aio
+    assert qemu_nbd_argv(f"--aio={aio}").image.aio == aio
+
+
+def test_without_aio_the_engine_is_chosen_later():
+    assert serve_argv().image.aio is None
 
 
 @pytest.mark.parametrize("flag", ["-n", "--nocache"])
 def test_nocache_means_cache_none(flag):
-    with pytest.raises(ConfigError, match="--cache: none needs O_DIRECT"):
-        qemu_nbd_argv(flag)
+    assert qemu_nbd_argv(flag).image.cache.name == "none"
 
 
 # qemu-nbd 7.2 refuses the same.

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from nbdserve.block.epoch import Epochs
     from nbdserve.block.run import Op, Resolution
-    from nbdserve.engines.threads import ThreadsEngine
+    from nbdserve.engines.engine import Engine
 
 __all__ = ["CacheSizes", "Qcow2Node", "open_qcow2", "read_header"]
 
@@ -75,7 +75,7 @@ async def open_qcow2(
     file: Node,
     backing: Node | None,
     header: Header,
-    engine: ThreadsEngine,
+    engine: Engine,
     epochs: Epochs,
     *,
     read_only: bool,
@@ -154,7 +154,7 @@ class Qcow2Node(Node):
         file: Node,
         header: Header,
         geometry: Geometry,
-        engine: ThreadsEngine,
+        engine: Engine,
         *,
         read_only: bool,
         no_flush: bool,

@@ -19,7 +19,7 @@ from nbdserve.formats.qcow2.compressed import Decompressor, compressed_extent
 from nbdserve.formats.qcow2.resolve import ClusterType
 
 if TYPE_CHECKING:
-    from nbdserve.engines.threads import ThreadsEngine
+    from nbdserve.engines.engine import Engine
     from nbdserve.formats.qcow2.image import Image
     from nbdserve.formats.qcow2.resolve import GuestExtent
 
@@ -31,7 +31,7 @@ KEPT_BYTES = 4 * MIB
 class Reader:
     """Reads one image."""
 
-    def __init__(self, image: Image, engine: ThreadsEngine) -> None:
+    def __init__(self, image: Image, engine: Engine) -> None:
         self._image = image
         self._engine = engine
         self._decompress: Decompressor | None = None

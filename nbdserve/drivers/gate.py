@@ -1,0 +1,84 @@
+"""Which writes of a file may run at the same time: `WriteGate`.
+
+A write that covers only part of a block reads the block, changes it and writes it back. Whoever
+writes into that block meanwhile would be undone; so such a write is *serialising*: it waits for
+every earlier write that overlaps it, and later ones that overlap it wait for it (as QEMU's
+tracked requests). Writes of whole blocks do not wait for each other.
+
+Law: first come, first served among those that overlap. An entry waits for earlier ones only, so
+there is no deadlock. Callbacks, no tasks: the hot path enters and leaves without an await, and
+while nothing is serialising that is one dictionary entry.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["WriteGate"]
+
+
+class _Waiting:
+    """One that waits: for the entries of `earlier`, then it goes."""
+
+    __slots__ = ("earlier", "go")
+
+    def __init__(self, earlier: set[int], go: Callable[[], None]) -> None:
+        self.earlier = earlier
+        self.go = go
+
+
+class WriteGate:
+    """Ranges [start, end) of writes in flight, in bytes."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[int, int, bool]] = {}  # in flight or waiting, oldest first
+        self._waiting: dict[int, _Waiting] = {}
+        self._serialising = 0
+        self._next = 0
+
+    def enter(
+        self, start: int, end: int, go: Callable[[], None], *, serialising: bool = False
+    ) -> int:
+        """Call `go` when it is the write's turn, now or from a later `leave`. Returns the token
+        that `leave` wants after the write."""
+        token = self._next
+        self._next = token + 1
+        earlier: set[int] = set()
+        if serialising or self._serialising:
+            earlier = {
+                number
+                for number, (low, high, alone) in self._entries.items()
+                if low < end and start < high and (serialising or alone)
+            }
+        self._entries[token] = (start, end, serialising)
+        self._serialising += serialising
+        if earlier:
+            self._waiting[token] = _Waiting(earlier, go)
+            return token
+        try:
+            go()
+        except BaseException:
+            self.leave(token)
+            raise
+        return token
+
+    def leave(self, token: int) -> None:
+        """The write is done, or failed, or its turn is no longer waited for."""
+        self._serialising -= self._entries.pop(token)[2]
+        self._waiting.pop(token, None)
+        if not self._waiting:
+            return
+        free = []
+        for number, waiting in self._waiting.items():
+            waiting.earlier.discard(token)
+            if not waiting.earlier:
+                free.append(number)
+        for number in free:
+            self._waiting.pop(number).go()
+
+    def statistics(self) -> tuple[int, int]:
+        """(writes in flight or waiting, of these waiting)."""
+        return len(self._entries), len(self._waiting)

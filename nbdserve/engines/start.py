@@ -1,0 +1,65 @@
+"""Which engine is started for `--aio`, and what happens where the kernel forbids it.
+
+io_uring is refused in many containers (seccomp answers ENOSYS or EPERM) and by administrators
+(kernel.io_uring_disabled); memory limits count on old kernels. Serving with threads instead is
+slower and just as correct, so that is a line in the log and no error. Linux AIO was asked for by
+name, by somebody who knows why: there it is an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nbdserve.engines.engine import Engine
+
+__all__ = ["start_engine"]
+
+log = logging.getLogger("nbdserve.engines")
+
+FORBIDDEN = frozenset(
+    {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
+
+
+def start_engine(aio: str | None, *, direct: bool) -> Engine:
+    """The engine for the current trio run.
+
+    :param aio: threads, io_uring, native; None for the fastest that is correct: io_uring with
+        O_DIRECT, else threads (the page cache is read and written inline whatever the engine).
+    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us.
+    """
+    if aio == "native":
+        return _start_native(direct)
+    if aio == "io_uring" or (aio is None and direct):
+        from nbdserve.engines.io_uring import IoUringEngine
+
+        try:
+            return IoUringEngine()
+        except OSError as error:
+            if error.errno not in FORBIDDEN:
+                raise
+            reason = os.strerror(error.errno)
+            log.warning("io_uring cannot be used here (%s): using threads", reason)
+    return ThreadsEngine()
+
+
+def _start_native(direct: bool) -> Engine:
+    if not direct:
+        raise ConfigError(
+            "--aio=native needs O_DIRECT, else it waits for the disk: use --cache=none or"
+            " --cache=directsync with it"
+        )
+    from nbdserve.engines.linux_aio import LinuxAioEngine
+
+    try:
+        return LinuxAioEngine()
+    except OSError as error:
+        reason = f"Linux AIO cannot be used here: {error.strerror}"
+        raise ConfigError(f"--aio=native: {reason}", error.errno) from None

@@ -1,0 +1,175 @@
+"""O_DIRECT: whatever is not aligned, ends of files, rewrites that overlap."""
+
+import os
+import random
+import tempfile
+
+import pytest
+import trio
+
+from nbdserve.block.buffers import BufferPool
+from nbdserve.drivers.alignment import Alignment, probe
+from nbdserve.drivers.open import open_file
+from nbdserve.engines.start import start_engine
+from nbdserve.errors import ImageError, NbdserveError
+
+LONG = 20.0
+
+
+@pytest.fixture(params=["threads", "io_uring", "native"])
+async def engine(request):
+    try:
+        engine = start_engine(request.param, direct=True)
+    except NbdserveError as error:
+        pytest.skip(str(error))
+    yield engine
+    with trio.fail_after(LONG):
+        await engine.idle()
+    engine.close()
+
+
+@pytest.fixture(params=[512, 4096])
+async def open_direct(engine, request):
+    nodes = []
+
+    def open_direct(path):
+        try:
+            node = open_file(
+                str(path), engine, read_only=False, discard=True, direct=BufferPool()
+            )
+        except ImageError as error:
+            pytest.skip(str(error))
+        nodes.append(node)
+        if node.alignment.request <= request.param:  # a disk of larger blocks, as if
+            node.alignment = Alignment(request.param, request.param)
+            node._in_block = node._in_memory = request.param - 1
+        return node
+
+    yield open_direct
+    for node in nodes:
+        await node.close()
+
+
+async def read(node, offset, length):
+    data = memoryview(bytearray(b"\xee" * length))
+    await node.read(offset, data)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, 4096, 10000])
+async def test_the_end_of_the_file_keeps_its_place(tmp_path, open_direct, length):
+    path = tmp_path / "file"
+    model = bytearray(random.Random(3).randbytes(length))
+    path.write_bytes(model)
+    node = open_direct(path)
+    rng = random.Random(length)
+    for _ in range(60):
+        offset, nb_bytes = rng.randrange(12000), rng.choice((1, 100, 511, 512, 4096, 5000))
+        data = rng.randbytes(nb_bytes)
+        model.extend(bytes(max(0, offset + nb_bytes - len(model))))
+        model[offset : offset + nb_bytes] = data
+        await node.write(offset, data)
+        assert node.length == len(model) == path.stat().st_size
+        start = rng.randrange(13000)
+        assert await read(node, start, 777) == bytes(model[start : start + 777]).ljust(777, b"\0")
+    assert path.read_bytes() == model
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_overlapping_requests_in_flight_lose_nothing(tmp_path, open_direct, seed):
+    """Each writer owns one residue of the bytes of each block, so that all writes share blocks
+    and none shares a byte: after any order of theirs every byte is its owner's last."""
+    path = tmp_path / "file"
+    size, writers = 16384, 8
+    model = bytearray(random.Random(seed).randbytes(size))
+    path.write_bytes(model)
+    node = open_direct(path)
+    piece = 64
+
+    async def writer(number):
+        rng = random.Random(f"{seed} {number}")
+        for _ in range(40):
+            index = rng.randrange(size // piece // writers) * writers + number
+            offset = index * piece
+            length = rng.randrange(1, piece + 1)
+            if rng.random() < 0.1:
+                await node.write_zeroes(offset, length, may_unmap=rng.random() < 0.5)
+                model[offset : offset + length] = bytes(length)
+            else:
+                data = rng.randbytes(length)
+                await node.writev(offset, (data[:1], data[1:]))
+                model[offset : offset + length] = data
+
+    with trio.fail_after(LONG):
+        async with trio.open_nursery() as nursery:
+            for number in range(writers):
+                nursery.start_soon(writer, number)
+    assert path.read_bytes() == model
+    assert await read(node, 0, size) == model
+    assert node.gate.statistics() == (0, 0)
+    assert node.statistics()["rewritten_blocks"] > 0
+
+
+async def test_whole_blocks_and_parts_of_them_at_once(tmp_path, open_direct):
+    """A block is either what the whole-block write left, or that with the part over it, or the
+    part under it; never the old bytes."""
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 65536)
+    node = open_direct(path)
+
+    async def whole(index):
+        await node.write(index * 4096, b"w" * 4096)
+
+    async def part(index):
+        await node.write(index * 4096 + 10, b"p" * 100)
+
+    async with trio.open_nursery() as nursery:
+        for index in range(16):
+            for task in random.Random(index).sample([whole, part, part], 3):
+                nursery.start_soon(task, index)
+    content = path.read_bytes()
+    for index in range(16):
+        block = content[index * 4096 : (index + 1) * 4096]
+        assert block in (b"w" * 4096, b"w" * 10 + b"p" * 100 + b"w" * 3986)
+
+
+async def test_a_cancelled_zeroing_that_waits_leaves_the_gate(tmp_path, open_direct):
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 65536)
+    node = open_direct(path)
+    token = node.gate.enter(0, 4096, lambda: None, serialising=True)
+    with trio.move_on_after(0.01) as scope:
+        await node.discard(0, 4096)
+    assert scope.cancelled_caught
+    node.gate.leave(token)
+    assert node.gate.statistics() == (0, 0)
+
+
+@pytest.fixture
+def in_memory():
+    """A file of a block in a tmpfs."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("no /dev/shm here")
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.write(bytes(4096))
+        file.flush()
+        yield file.name
+
+
+async def test_a_file_system_in_memory_is_refused(engine, in_memory):
+    with pytest.raises(ImageError, match="O_DIRECT; use --cache=writeback"):
+        open_file(in_memory, engine, read_only=True, direct=BufferPool())
+
+
+@pytest.mark.parametrize("taken", [512, 1024, 2048, 4096])
+def test_probing_finds_the_smallest_length(taken):
+    def preadv(fd, buffers, offset):
+        if len(buffers[0]) < taken:
+            raise OSError(22, "Invalid argument")
+        return len(buffers[0])
+
+    assert probe(0, preadv) == taken
+
+
+def test_probing_a_file_that_is_too_short_tells_nothing():
+    assert probe(0, lambda fd, buffers, offset: 100) == 4096
