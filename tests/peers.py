@@ -190,7 +190,8 @@ def served(image: PathLike, *options: str, command: str = "serve", bind: str | N
 
     def argv(socket_path: pathlib.Path) -> list[str]:
         where = ["-k", str(socket_path)] if bind is None else ["-b", bind, "-p", "0"]
-        return [*map(os.fspath, [*program, command, *where, *options, image])]
+        words = [*program, command, *where, *options, image]
+        return [os.fspath(word) for word in words]
 
     with _running(argv, ready if command == "serve" else _greets) as server:
         yield server

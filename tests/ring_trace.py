@@ -11,7 +11,7 @@ that as many are written down as io_uring_enter took is for strace.py to see.
 """
 
 # A test's other half: as little annotated as tests are, and seen by no mypy.
-# ruff: noqa: ANN001, ANN202, ANN204
+# ruff: noqa: ANN001, ANN202
 
 import os
 import struct

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import peers
 from interop.tools import BareClient
-from strace import Access, Kind, Log
-
 from nbdserve.formats.qcow2.node import SETTLE_AFTER
+from strace import Access, Kind, Log
 
 if TYPE_CHECKING:
     import contextlib
@@ -36,7 +35,6 @@ CLUSTER = 64 * KIB
 
 MODES = ("writeback", "none", "writethrough", "directsync", "unsafe")
 FORMATS = ("raw", "qcow2")
-ENGINES = ("threads", "io_uring", "native")
 
 DIRECT = ("none", "directsync")
 WRITE_CACHE_OFF = ("writethrough", "directsync")
@@ -165,7 +163,8 @@ DIFFERENCES = [
         _anything_but_syncs,
     ),
     Difference(
-        "A write with FUA may be one call with RWF_DSYNC, where nothing else has to be durable.",
+        "Where nothing but the data has to be durable, either may write it with RWF_DSYNC instead"
+        " of syncing afterwards.",
         lambda format, mode, step: step.startswith("write"),
         _dsync_as_sync,
     ),

@@ -3,14 +3,11 @@
 import pytest
 
 from interop import cache_modes
-from interop.cache_modes import (
-    DIFFERENCES, DIRECT, ENGINES, FORMATS, MODES, QEMU, STEPS, THREADS, UNLINKING,
-    WRITE_CACHE_OFF, Server,
-)  # fmt: skip
+from interop.cache_modes import DIFFERENCES, DIRECT, FORMATS, MODES, QEMU, THREADS, Server
 
 pytestmark = pytest.mark.peer("strace", "qemu-img", "qemu-io", "qemu-nbd")
 
-NAMES = [step.name for step in STEPS if step.name]
+NAMES = [step.name for step in cache_modes.STEPS if step.name]
 SAFE = [mode for mode in MODES if mode != "unsafe"]
 
 
@@ -58,12 +55,12 @@ def test_the_same_as_qemu_nbd(observe, format, mode):
     assert cache_modes.is_direct(ours) == cache_modes.is_direct(theirs) == (mode in DIRECT)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("engine", "mode"),
+    [("io_uring", mode) for mode in MODES] + [("native", mode) for mode in DIRECT],
+)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "threads"])
 def test_the_same_with_each_engine(observe, engine, format, mode):
-    if engine == "native" and mode not in DIRECT:
-        pytest.skip("native is refused there")
     assert observe(Server(engine), format, mode) == observe(THREADS, format, mode)
 
 
@@ -73,14 +70,15 @@ def test_what_was_promised_is_durable(observe, format, mode):
     """After a flush, with FUA and without a write cache nothing of the request is left unsynced;
     only the punch of what is free already may be lost. And nobody syncs for nothing."""
     for step, record in observe(THREADS, format, mode).items():
-        promised = "flush" in step or "FUA" in step or mode in WRITE_CACHE_OFF
-        lost = record.parts[-1]
-        if format == "qcow2" and step in UNLINKING:
+        promised = "flush" in step or "FUA" in step or mode in cache_modes.WRITE_CACHE_OFF
+        durable = {word for word in record.parts[-1] if word.endswith(cache_modes.WITH_DSYNC)}
+        lost = record.parts[-1] - durable
+        if format == "qcow2" and step in cache_modes.UNLINKING:
             lost -= {"punch data"}
-        lost = {word for word in lost if not word.endswith(cache_modes.WITH_DSYNC)}
         assert not (promised and lost), step
         if not promised or step == "flush again":
             assert len(record.parts) == 1, step
+            assert not durable, step
 
 
 @pytest.mark.parametrize("mode", SAFE)
