@@ -16,7 +16,14 @@ import pytest
 import trio
 
 from nbdserve import server
-from nbdserve.config import ExportConfig, ImageConfig, ListenConfig, ServeConfig
+from nbdserve.config import (
+    ExportConfig,
+    ImageConfig,
+    ListenConfig,
+    RateLimit,
+    ServeConfig,
+    ThrottleLimits,
+)
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.listeners import open_listeners
 
@@ -43,6 +50,7 @@ class World:
 
     def __init__(self):
         self.happened = []
+        self.shared = []
         self.connections = []
         self.open_error = None
         self.close_error = None
@@ -111,6 +119,7 @@ def world(monkeypatch):
         if world.open_error is not None:
             raise world.open_error
         world.happened.append("opened")
+        world.shared.append(shared)
         try:
             world.backend = FakeBackend(world)
             yield world.backend
@@ -167,6 +176,21 @@ async def test_ready_tells_where_and_what(folder, world):
         async with await dial(folder / "s"):
             [export] = world.connections[0].exports
             assert export.name == "my disk"
+
+
+async def test_several_images_share_what_they_share(folder, world):
+    others = tuple((ImageConfig(name), ExportConfig(name, "other")) for name in ("two", "three"))
+    groups = {"g": ThrottleLimits(iops_total=RateLimit(5))}
+    async with serving(config_for(folder / "s", others=others, groups=groups)) as (ready, _):
+        assert ready.uri == f"nbd+unix:///?socket={folder}/s"
+        async with await dial(folder / "s"):
+            exports = world.connections[0].exports
+            assert [export.name for export in exports] == ["", "two", "three"]
+            assert [export.description for export in exports] == ["", "other", "other"]
+        assert len({id(shared) for shared in world.shared}) == 1
+        member = world.shared[0].groups.join_existing("g")
+        assert member.group.limits == groups["g"]
+    assert world.happened == ["opened"] * 3 + ["drained"] * 3 + ["closed"] * 3
 
 
 async def test_the_image_is_opened_before_and_closed_before_the_socket_goes(folder, world):

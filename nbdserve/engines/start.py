@@ -76,11 +76,10 @@ class Engines:
     def get(self, aio: str | None, *, direct: bool) -> Engine:
         """As `start_engine`. Files that ask for the same share it."""
         kind = aio or ("io_uring" if direct else "threads")
-        if kind == "native" or kind not in self._started:
-            engine = self._started.get(kind) if direct else None
-            if engine is None:
-                engine = start_engine(aio, direct=direct)
-            # io_uring may have become threads.
+        # Without O_DIRECT native is refused, whoever may have started it.
+        if kind not in self._started or (kind == "native" and not direct):
+            engine = start_engine(aio, direct=direct)
+            # io_uring may have become threads, which may run already.
             same = next((one for one in self if one.name == engine.name), engine)
             if same is not engine:
                 engine.close()
