@@ -35,6 +35,7 @@ __all__ = [
     "parse_image_opts",
     "parse_json_name",
     "parse_keyval",
+    "shown",
 ]
 
 Scalar = str | int | float | bool | None
@@ -131,7 +132,7 @@ def options_of_name(name: str, directory: str = "") -> Options:
         return {"file.filename": os.path.join(directory, name)}
     if protocol["name"] != "file":
         raise ConfigError(
-            f"{_shown(name)}: unknown protocol {_shown(protocol['name'])!r}; a file of that name"
+            f"{shown(name)}: unknown protocol {shown(protocol['name'])!r}; a file of that name"
             " is ./ and the name"
         )
     return {"file.filename": name[protocol.end() :]}
@@ -153,13 +154,14 @@ def parse_json_name(name: str) -> Options:
         )
     # int() refuses numbers of thousands of digits by ValueError.
     except ValueError as error:
-        raise ConfigError(f"{_shown(name)}: not valid JSON: {error}") from None
+        raise ConfigError(f"{shown(name)}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{_shown(name)}: not a JSON object")
+        raise ConfigError(f"{shown(name)}: not a JSON object")
     return _collect(_flatten(value, ""))
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """A name as an error shows it, which is a line."""
     return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
 
 

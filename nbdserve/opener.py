@@ -39,6 +39,7 @@ from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
+from nbdserve.imageopts import shown
 from nbdserve.inherit import ChildRole, child_settings
 
 if TYPE_CHECKING:
@@ -300,6 +301,8 @@ class Opener:
         if given is None or (name is None and not given):
             return None
         place = place.backing(file)
+        if not given:
+            place = place._replace(path="")  # options that the name has are not the user's
         image_format = None if "driver" in given else header.backing_format
         try:
             if name is None or "file.filename" in given:
@@ -317,9 +320,12 @@ class Opener:
             if self._overlay_named:
                 raise
             self._overlay_named = True
-            # What the image itself says is no option of the user's.
-            kind = ImageError if isinstance(error, ConfigError) and not given else type(error)
-            raise kind(f"{file.filename}: backing file {error}", error.errno) from None
+            kind, what = type(error), str(error)
+            if isinstance(error, ConfigError) and not given:
+                # Not what the user said, but what the name in the image says.
+                kind, label = ImageError, shown(name or "")
+                what = what if what.startswith(label) else f"{label}: {what}"
+            raise kind(f"{file.filename}: backing file {what}", error.errno) from None
 
     # --- the nodes that are open ---------------------------------------------------------------
 

@@ -339,6 +339,11 @@ async def test_read_only(image):
     async with open_backend(tree(text)) as backend:
         assert backend.read_only
         assert not backend.root.children["file"].read_only
+    text = "driver=raw,read-only=on,cache.no-flush=on,file.read-only=off,file.cache.no-flush=off"
+    async with open_backend(tree(f"{text},file.filename=disk.qcow2")) as backend:
+        assert backend.read_only
+        assert backend.root.no_flush
+        assert not backend.root.children["file"].no_flush
     message = await refusal(f"{QCOW2},file.read-only=on")
     assert message == "file.read-only=on: the node above is not read-only and writes to it"
 
@@ -492,6 +497,16 @@ async def test_another_backing_file(overlay, tmp_path):
             assert await read(backend, 0, 6) == b"other\0"
 
 
+@pytest.mark.parametrize(
+    "name", ["nbd://localhost/x", "json:{", 'json:{"offset": 512, "file.filename": "gone"}']
+)
+async def test_of_a_name_that_is_not_used_nothing_is_used(raw, name):
+    make_overlay("top.qcow2", name, "raw")
+    async with open_backend(tree(f"{TOP},backing.file.filename=disk.img")) as backend:
+        assert type(backend.root.children["backing"]) is RawNode  # of the format, no less
+        assert await read(backend, 0, 8) == b"raw!raw!"
+
+
 async def test_options_for_the_backing_file_that_the_image_names(overlay):
     text = f"{TOP},backing.node-name=base,backing.size=512"
     async with open_backend(tree(text)) as backend:
@@ -574,14 +589,14 @@ async def test_a_window_as_a_backing_file(raw):
     [
         ("json:", "not valid JSON"),
         ("json:[]", "not a JSON object"),
-        ("json:{}", "backing.file.filename must be given"),
-        ('json:{"driver": "file"}', "backing.file.filename must be given"),
-        ('json:{"file": "disk.img"}', "backing.file: there is no node 'disk.img'"),
+        ("json:{}", "json:{}: file.filename must be given"),
+        ('json:{"driver": "file"}', 'json:{"driver": "file"}: file.filename must be given'),
+        ('json:{"file": "disk.img"}', "file: there is no node 'disk.img'"),
         ("json:" + '{"file":' * 100 + "1" + "}" * 100, "more than 32 brackets within each other"),
         ("json:" + "[" * 1000, "more than 32 brackets within each other"),
         ('json:{"driver":"raw","file.filename":"a\\u0000b"}', "contains a NUL byte"),
         ('json:{"driver":"raw","file.filename":"\\ud800"}', "is not valid Unicode"),
-        ('json:{"file.driver":"nbd","file.host":"x"}', "backing.file.driver: unknown driver 'nbd'"),
+        ('json:{"file.driver":"nbd","file.host":"x"}', ": file.driver: unknown driver 'nbd'"),
         ('json:{"read-only":false,"file.filename":"disk.img"}', "nothing here writes to a backing"),
         ('json:{"file.filename":"gone"}', "gone: No such file or directory"),
         ('json:{"file.filename":"top.qcow2"}', "the backing chain is a loop"),

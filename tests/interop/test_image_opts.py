@@ -9,7 +9,7 @@ import trio
 
 import peers
 from interop.images import MIB, Recipe, make
-from interop.tools import refused
+from interop.tools import NBDSERVE, refused
 from nbdserve.blockdev import parse_node
 from nbdserve.config import ImageConfig, ThrottleLimits
 from nbdserve.errors import NbdserveError
@@ -198,6 +198,15 @@ def test_an_overlay_on_a_name_with_options(here, name):
     with peers.served("over.qcow2", "-r") as server:
         identical(server.uri, "driver=qcow2,file.filename=over.qcow2", "after")
     assert (here / "base.img").read_bytes() == base
+
+
+def test_an_overlay_that_we_make_on_such_a_name(here):
+    name = 'json:{"driver":"raw","offset":512,"file.filename":"base.img"}'
+    peers.run(*NBDSERVE, "create", "-b", name, "-F", "raw", "over.qcow2")
+    info = json.loads(peers.qemu_img("info", "--output=json", "over.qcow2"))
+    assert (info["backing-filename"], info["virtual-size"]) == (name, MIB - 512)
+    with peers.served("over.qcow2") as server:
+        identical(server.uri, "driver=qcow2,file.filename=over.qcow2", "copy")
 
 
 def test_a_chain_on_json_names(here):
