@@ -177,7 +177,7 @@ class Opener:
             file = self._open_file(options, settings, place)
             _lock(file, options, settings, place)
             return file
-        filename = leaf_name(options)
+        filename = _leaf_name(options)
         if place.depth > MAX_CHAIN:
             raise ImageError(f"{filename}: the backing chain is longer than {MAX_CHAIN} images")
         if place.depth and settings.discard == "ignore":
@@ -365,7 +365,7 @@ DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
 and so is open)."""
 
 
-def leaf_name(options: NodeOptions) -> str:
+def _leaf_name(options: NodeOptions) -> str:
     """The name of the file that a node's own data is in."""
     while isinstance(options, PARENTS):
         options = options.file

@@ -73,13 +73,15 @@ class Ready:
     """What can be told once clients are accepted.
 
     ``where`` has the port the kernel chose, or the absolute path of the unix socket;
-    ``uri``, ``size`` (in bytes) and ``read_only`` are the first export's.
+    ``uri``, ``size`` (in bytes) and ``read_only`` are the first export's; ``others``: the URIs of
+    the rest.
     """
 
     uri: str
     where: ListenConfig
     size: int
     read_only: bool
+    others: Sequence[str] = ()
 
 
 async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> None:
@@ -113,11 +115,11 @@ async def _serve_until(
             at_end.callback(listeners.remove)
             if config.pid_file is not None:
                 at_end.enter_context(pid_file(config.pid_file))
-            uri = nbd_uri(listeners.where, config.export.name)
+            uris = [nbd_uri(listeners.where, export.name) for export in exports]
             first = exports[0].backend
-            on_ready(Ready(uri, listeners.where, first.size, first.read_only))
-            for export in exports:
-                log.info("serving %s as %r at %s", export.backend.filename, export.name, uri)
+            on_ready(Ready(uris[0], listeners.where, first.size, first.read_only, uris[1:]))
+            for export, uri in zip(exports, uris, strict=True):
+                log.info("serving %s at %s", export.backend.filename, uri)
             server = _Server(listeners, exports, config, stop)
             await server.run()
 

@@ -18,8 +18,8 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "nbdserve"
 
 # What a layer may import from the project, lowest first.  The package itself (nbdserve, for its
-# version) is open to all.  drivers/ is absent from all rows but graph's: graph.py alone knows
-# every driver.  cli/ may use formats/ for what opens no tree: making an image.
+# version) is open to all.  drivers/ is absent from all rows but opener's and graph's: they alone
+# know every driver.  cli/ may use formats/ for what opens no tree: making an image.
 NODE_OPTIONS = {"imageopts", "blockdev", "inherit"}
 BLOCK_STACK = {"errors", "config", "block"}
 MAY_IMPORT = {

@@ -183,6 +183,8 @@ async def test_several_images_share_what_they_share(folder, world):
     groups = {"g": ThrottleLimits(iops_total=RateLimit(5))}
     async with serving(config_for(folder / "s", others=others, groups=groups)) as (ready, _):
         assert ready.uri == f"nbd+unix:///?socket={folder}/s"
+        others = [f"nbd+unix:///{name}?socket={folder}/s" for name in ("two", "three")]
+        assert ready.others == others
         async with await dial(folder / "s"):
             exports = world.connections[0].exports
             assert [export.name for export in exports] == ["", "two", "three"]

@@ -45,7 +45,7 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's values, typed in 
 
 
 def usage(ready: Ready, export: ExportConfig) -> str:
-    """The URI on a line of its own, then the commands that use it."""
+    """The URI on a line of its own, then the commands that use it, then further URIs."""
     from nbdserve.listeners import connectable_host
 
     uri = shlex.quote(ready.uri)
@@ -61,4 +61,5 @@ def usage(ready: Ready, export: ExportConfig) -> str:
         f"  qemu-img info {uri}\n"
         f"  nbdcopy {uri} copy.img\n"
         f"  {kernel}    # as root, after modprobe nbd\n"
+        + "".join(f"{shlex.quote(other)}\n" for other in ready.others)
     )

@@ -236,6 +236,7 @@ def test_several_exports_that_share_a_throttle(here):
     options = ("-x", "one", "--export", "two=top.qcow2", "--object",
                "throttle-group,id=g,x-iops-total=100000", "--throttle", "group=g")
     with peers.served("disk.qcow2", *options) as server:
+        assert server.stdout().endswith(f"\n'nbd+unix:///two?socket={server.socket_path}'\n")
         listed = json.loads(peers.run("nbdinfo", "--list", "--json", server.uri).stdout)
         sizes = {export["export-name"]: export["export-size"] for export in listed["exports"]}
         assert sizes == {"one": 2 * MIB, "two": MIB}
