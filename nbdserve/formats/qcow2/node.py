@@ -207,19 +207,7 @@ class Qcow2Node(Node):
             raise OSError(error.errno, str(error)) from None
 
     async def write(self, offset: int, data: Buffer) -> None:
-        await self._write(offset, data, fua=False)
-
-    async def write_fua(self, offset: int, data: Buffer) -> bool:
-        mapping = self.image.mapping
-        durable = await self._write(offset, data, fua=mapping.is_durable(offset, len(data)))
-        if not durable:
-            self.image.durability.file_written()
-        return durable
-
-    async def _write(self, offset: int, data: Buffer, *, fua: bool) -> bool:
-        """`fua`: pass it down. Returns whether all of it was, on a mapping that is durable."""
         image = self.image
-        durable = fua
         rest = memoryview(data)
         while len(rest):
             image.check_writable()
@@ -232,20 +220,24 @@ class Qcow2Node(Node):
                     image.metadata.assert_data(extent.host_offset, extent.length)
                 except CorruptImage as error:
                     raise image.stop(error) from None
-                piece = rest[: extent.length]
-                # Asked again: during an earlier piece others may have changed the mapping.
-                if fua and image.mapping.is_durable(offset, len(piece)):
-                    durable &= await image.file.write_fua(extent.host_offset, piece)
-                else:
-                    await image.file.write(extent.host_offset, piece)
-                    durable = False
+                await image.file.write(extent.host_offset, rest[: extent.length])
                 written = extent.length
             else:
                 written = await write_allocating(image, self._reader, offset, rest)
-                durable = False
             offset += written
             rest = rest[written:]
-        return durable
+
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        """Passed down where it is one write of the file: several durable ones, one after the other,
+        would cost more than a flush."""
+        image = self.image
+        image.check_writable()
+        host_offset = image.mapping.durable_at(offset, len(data))
+        if host_offset is not None:
+            return await image.file.write_fua(host_offset, data)
+        await self.write(offset, data)
+        image.durability.file_written()
+        return False
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True

@@ -173,6 +173,15 @@ class Mapping:
         return [(None, 0, extent.length)]
 
     def _runs_to_write(self, op: Op, extent: GuestExtent, offset: int) -> Resolution:
+        miss = self._miss_in_place(extent, offset)
+        if miss is not None:
+            return miss
+        if op is not WRITE and not self.is_durable(offset, extent.length):
+            return Miss.NEEDS_FLUSH
+        return self._file.resolve(op, extent.host_offset, extent.length)
+
+    def _miss_in_place(self, extent: GuestExtent, offset: int) -> Miss | None:
+        """Why an extent cannot be written where it is."""
         if extent.type is STANDARD:
             if not extent.copied:
                 return Miss.NEEDS_COW
@@ -181,9 +190,7 @@ class Mapping:
             for host in range(first, end, self._cluster_size):
                 if host in self._metadata:
                     return Miss.OPAQUE  # corrupt; the asynchronous path reports it
-            if op is not WRITE and not self.is_durable(offset, extent.length):
-                return Miss.NEEDS_FLUSH
-            return self._file.resolve(op, extent.host_offset, extent.length)
+            return None
         if extent.type is ClusterType.COMPRESSED:
             return Miss.COMPRESSED
         if extent.type is UNALLOCATED and self.backing is not None and offset < self.backing.size:
@@ -205,6 +212,17 @@ class Mapping:
                 return False
             first = stop + 1
         return True
+
+    def durable_at(self, offset: int, length: int) -> int | None:
+        """The host offset of a range that may be written in place, in one piece, and whose mapping
+        is durable; None: it is not so, or perhaps not."""
+        try:
+            extent = self.extent_at(offset, length)
+        except CorruptImage:
+            return None  # `write` meets it again and can report it
+        if extent is None or extent.length < length or self._miss_in_place(extent, offset):
+            return None
+        return extent.host_offset if self.is_durable(offset, length) else None
 
     def entries_at(self, offset: int) -> array[int] | None:
         """The entries of the L2 table for a guest offset; None if it is not in memory.
