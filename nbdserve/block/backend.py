@@ -92,11 +92,9 @@ class BlockBackend:
 
     def _turn_write_cache(self, enabled: bool) -> None:
         self.write_cache = enabled
-        # Where nothing is ever synced FUA means nothing either, as in QEMU since 10.0.
-        self.all_fua = not enabled and not self.root.no_flush
         # Writes that must be looked into, or be durable when answered, never take the short way.
         self._writes_inline = (
-            not self.all_fua and self._detect_zeroes == "off" and not self._direct
+            enabled and self._detect_zeroes == "off" and not self._direct
         )
 
     async def set_write_cache(self, enabled: bool) -> None:
@@ -170,7 +168,7 @@ class BlockBackend:
         asked for or due to the write cache, takes a flush."""
         if self._detect_zeroes != "off":
             return False
-        durable = self._is_fua(fua)
+        durable = fua or not self.write_cache
         runs = self._resolve(WRITE_FUA if durable else WRITE, offset, len(data))
         if type(runs) is not list or len(runs) != 1:
             return False
@@ -184,7 +182,7 @@ class BlockBackend:
 
     def _written(self, done: Done, error: OSError | None) -> None:
         """A write without FUA has completed; the write cache may have been turned off since."""
-        if self.all_fua and error is None:
+        if not self.write_cache and error is None:
             self.nursery.start_soon(self._flush_before, done)
         else:
             done(error)
@@ -274,7 +272,7 @@ class BlockBackend:
             if self._detect_zeroes != "off" and is_zero(data):
                 may_unmap = self._detect_zeroes == "unmap"
                 await self.root.write_zeroes(offset, len(data), may_unmap=may_unmap)
-            elif not self._is_fua(fua):
+            elif self.write_cache and not fua:
                 await self.root.write(offset, data)
             elif await self.root.write_fua(offset, data):
                 return
@@ -322,14 +320,10 @@ class BlockBackend:
                     length -= piece.length
         return extents
 
-    def _is_fua(self, fua: bool) -> bool:
-        """Whether a write must be durable when it is answered."""
-        return self.all_fua or (fua and not self.root.no_flush)
-
     async def _make_durable(self, fua: bool) -> None:
         """Something was written. FUA is emulated here and nowhere else, by the flush chain
         (bdrv_driver_pwritev); that includes what was in flight when the write cache went off."""
-        if self._is_fua(fua):
+        if fua or not self.write_cache:
             await self.root.flush()
 
     def drain_begin(self) -> None:

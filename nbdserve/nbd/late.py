@@ -132,7 +132,8 @@ class LateRequests:
         """As `queue_write`, if the write waits for the disk: because of FUA, of its own or for want
         of a write cache, or with O_DIRECT."""
         head, _, _, length, _ = request
-        waits = head == FUA_WRITE or self._backend.all_fua or self._backend.queues_writes
+        backend = self._backend
+        waits = head == FUA_WRITE or not backend.write_cache or backend.queues_writes
         return waits and 0 < length <= MAX_INLINE and self.queue_write(request)
 
     def queue_flush(self, request: Request) -> bool:

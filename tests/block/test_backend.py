@@ -227,13 +227,11 @@ async def test_a_write_is_flushed_if_it_must_be_durable_when_answered(
 
 @pytest.mark.parametrize("kind", WRITES)
 async def test_fua_is_a_plain_write_where_nothing_is_flushed(make, kind):
-    """--cache=unsafe, and with cache.writeback=off besides."""
+    """--cache=unsafe: metadata goes to the OS, nothing is synced."""
     call, name = WRITES[kind]
-    for write_cache in (True, False):
-        leaf = FakeLeaf(SIZE, no_flush=True)
-        await call(make(leaf, write_cache=write_cache), fua=True)
-        assert leaf.names() == [name]
-    assert make(leaf, write_cache=False).write_nowait(0, b"x") is None
+    leaf = FakeLeaf(SIZE, no_flush=True)
+    await call(make(leaf), fua=True)
+    assert leaf.names() == [name, "flush_to_os"]
 
 
 @pytest.mark.parametrize("kind", WRITES)

@@ -127,12 +127,6 @@ async def test_a_submitted_write_says_whether_it_is_durable(make, epochs, fua, o
     assert done == [None]
 
 
-async def test_without_flushes_a_submitted_fua_write_is_a_plain_one(make):
-    leaf = FuaLeaf(SIZE, no_flush=True)
-    assert make(leaf, write_cache=False).submit_write(8, b"abc", print, fua=True) is True
-    assert leaf.names() == ["submit_write"]
-
-
 @pytest.mark.parametrize("runs", [Miss.NEEDS_FLUSH, "two"])
 async def test_what_takes_a_flush_or_two_writes_is_not_submitted(make, runs):
     root, asked = FakeNode(SIZE), []
