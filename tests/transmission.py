@@ -326,14 +326,18 @@ async def _run(client: Client, sock: socket.socket) -> None:
 
 
 @asynccontextmanager
-async def serving(root: Node, *, write_cache: bool = True) -> AsyncIterator[World]:
+async def serving(
+    root: Node, *, write_cache: bool = True, direct: bool = False
+) -> AsyncIterator[World]:
     """A world in front of `root`. In the end every client must be able to leave."""
     poller = Poller()
     world = None
     try:
         with trio.fail_after(LONG):
             async with trio.open_nursery() as late, trio.open_nursery() as nursery:
-                backend = BlockBackend(root, Epochs(), late, write_cache=write_cache)
+                backend = BlockBackend(
+                    root, Epochs(), late, write_cache=write_cache, direct=direct
+                )
                 nursery.start_soon(poller.run)
                 world = World(backend, poller, nursery)
                 yield world

@@ -1,7 +1,8 @@
 """Late requests: those that cannot be answered at once, from start to reply.
 
 A read or write that only waits for the disk is queued with its leaf and answered by a callback: no
-task, no await. Everything else runs as a task in the backend's nursery (nbd/commands.py), so that a
+task, no await. So is a flush that is but a leaf's sync, and a write with FUA that the leaf can make
+durable. Everything else runs as a task in the backend's nursery (nbd/commands.py), so that a
 client that goes away cancels nothing of it, least of all of an allocation that others wait for.
 
 Law of memory: `full` says when a connection must take no further request. It bounds the number and
@@ -11,17 +12,20 @@ the bytes of what is under way; one request over the bound may always be.
 from __future__ import annotations
 
 import errno
+import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
+from nbdserve.block.flush import FlushFailed
+from nbdserve.block.node import MAX_INLINE
 from nbdserve.block.run import Miss
 from nbdserve.nbd import replies
 from nbdserve.nbd.commands import HANDLERS, read_reply_head
 from nbdserve.nbd.proto import SIMPLE_REPLY_MAGIC, Command
-from nbdserve.nbd.requests import Request, command_name, command_of, flags_of
+from nbdserve.nbd.requests import FUA_WRITE, Request, command_name, command_of, flags_of
 from nbdserve.nbd.wire import SIMPLE_REPLY
 
 if TYPE_CHECKING:
-    import logging
     from collections.abc import Callable, Sequence
 
     from nbdserve.block.node import Buffer
@@ -99,14 +103,15 @@ class LateRequests:
         return True
 
     def queue_write(self, request: Request) -> bool:
-        """Submit a WRITE without flags that is within bounds; False: it must go another way.
+        """Submit a WRITE, with FUA or not, that is within bounds; False: it must go another way.
 
         The payload is copied: out of the receive buffer, into memory that O_DIRECT takes.
         """
-        _, cookie, offset, length, payload = request
+        head, cookie, offset, length, payload = request
         buffer = self._buffers.take(length)
         data = buffer[:length]
         data[:] = payload  # type: ignore[assignment]
+        submit = self._backend.submit_write
 
         def done(error: OSError | None) -> None:
             self._count(-1, -length)
@@ -116,9 +121,34 @@ class LateRequests:
             else:
                 self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)], None)
 
-        if not self._submit(self._backend.submit_write, offset, data, done, buffer):
+        if head == FUA_WRITE:
+            submit = partial(submit, fua=True)
+        if not self._submit(submit, offset, data, done, buffer):
             return False
         self._count(1, length)
+        return True
+
+    def queue_waiting_write(self, request: Request) -> bool:
+        """As `queue_write`, if the write waits for the disk: because of FUA, of its own or for want
+        of a write cache, or with O_DIRECT."""
+        head, _, _, length, _ = request
+        backend = self._backend
+        waits = head == FUA_WRITE or not backend.write_cache or backend.queues_writes
+        return waits and 0 < length <= MAX_INLINE and self.queue_write(request)
+
+    def queue_flush(self, request: Request) -> bool:
+        """Submit a FLUSH; False: it must go another way."""
+
+        def done(error: OSError | None) -> None:
+            self._count(-1, 0)
+            if error is not None:
+                self._on_reply([self.failure(request, error)], None)
+            else:
+                self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, request[1])], None)
+
+        if not self._backend.submit_flush(done):
+            return False
+        self._count(1, 0)
         return True
 
     def _submit(
@@ -165,7 +195,9 @@ class LateRequests:
         _, cookie, offset, length, _ = request
         reason = error.strerror or str(error)
         name = command_name(request)
-        self._log.warning("%s of %d bytes at %d: %s", name, length, offset, reason)
+        # That a flush failed the log says once for each file, and not for each request after it.
+        level = logging.DEBUG if isinstance(error, FlushFailed) else logging.WARNING
+        self._log.log(level, "%s of %d bytes at %d: %s", name, length, offset, reason)
         return replies.error_reply(
             cookie, replies.nbd_error(error.errno), reason, structured=self._structured
         )

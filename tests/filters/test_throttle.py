@@ -111,3 +111,19 @@ async def test_closed_it_has_left_the_group(autojump_clock):
     for _ in range(4):
         await other.admit(READ, 1)
     assert [*group._lanes[READ].turns] == [other]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_durable_write_waits_like_any_and_is_passed_on(autojump_clock, durable):
+    child, asked = FakeLeaf(SIZE), []
+
+    async def write_fua(offset, data):
+        asked.append((trio.current_time() - start, offset, len(data)))
+        return durable
+
+    child.write_fua = write_fua
+    node = throttled(child, bps_write=RateLimit(1000))
+    start = trio.current_time()
+    for _ in range(2):
+        assert await node.write_fua(8, bytes(1000)) is durable
+    assert asked == [(0, 8, 1000), (pytest.approx(0.9), 8, 1000)]

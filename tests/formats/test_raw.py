@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fakes import FakeLeaf, FakeNode
 from memory_leaf import MemoryLeaf
 from nbdserve.block.node import Extent
-from nbdserve.block.run import READ, WRITE, Miss
+from nbdserve.block.run import READ, WRITE, WRITE_FUA, Miss
 from nbdserve.formats.probe import PROBE_SIZE, looks_like_format
 from nbdserve.formats.raw import RawNode
 
@@ -288,3 +288,42 @@ def test_no_sequence_of_requests_makes_another_format(requests):
             assert looks_like_format(bytes(file.bytes[:PROBE_SIZE])) is None
 
     trio.run(main)
+
+
+# --- FUA and flushes -------------------------------------------------------------------------
+
+
+class Durable(FakeLeaf):
+    fua = True
+
+    async def write_fua(self, offset, data):
+        await self._do("write_fua", offset, len(data))
+        return True
+
+
+async def test_fua_is_passed_on():
+    file = Durable(SIZE)
+    node = RawNode(file, offset=WINDOW)
+    assert await node.write_fua(7, b"abc") is True
+    assert file.calls == [("write_fua", 7 + WINDOW, 3)]
+    assert node.resolve(WRITE_FUA, 7, 3) == [(file, 7 + WINDOW, 3)]
+
+
+async def test_a_child_that_cannot_says_so():
+    file = FakeLeaf(SIZE)
+    node = RawNode(file, offset=WINDOW)
+    assert await node.write_fua(7, b"abc") is False
+    assert file.calls == [("write", 7 + WINDOW, 3)]
+    assert node.resolve(WRITE_FUA, 7, 3) is Miss.NEEDS_FLUSH
+
+
+async def test_the_first_sector_is_guarded_from_durable_writes_too():
+    file = Durable(SIZE)
+    node = RawNode(file, guarded=True)
+    assert node.resolve(WRITE_FUA, 0, 512) is Miss.OPAQUE
+    assert node.resolve(WRITE_FUA, PROBE_SIZE, 512) == [(file, PROBE_SIZE, 512)]
+    with pytest.raises(PermissionError, match="look like qcow2"):
+        await node.write_fua(0, b"QFI\xfb" + bytes(508))
+    assert "write_fua" not in file.names()
+    assert await node.write_fua(0, b"harmless") is True
+    assert await node.write_fua(PROBE_SIZE, b"QFI\xfb") is True
