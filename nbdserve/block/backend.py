@@ -289,11 +289,13 @@ class BlockBackend:
         await self._make_durable(fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """The range's content is no longer needed."""
+        """The range's content is no longer needed. Without a write cache too that is durable only
+        with `fua`: nobody may rely on what a discard leaves (as blk_co_pdiscard)."""
         with self._request("discard", offset, length):
             if self._discard:
                 await self.root.discard(offset, length)
-        await self._make_durable(fua)
+        if fua:
+            await self.root.flush()
 
     async def flush(self) -> None:
         """Make every write answered so far durable."""

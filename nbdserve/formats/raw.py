@@ -87,6 +87,7 @@ class RawNode(Node):
             await self._file.write(offset + self._offset, data)
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
+        self._check_end(offset, len(data), errno.ENOSPC)
         if not self._guarded or offset >= PROBE_SIZE:
             return await self._file.write_fua(offset + self._offset, data)
         async with self._first_sector:

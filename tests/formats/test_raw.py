@@ -38,6 +38,7 @@ async def test_a_window_with_an_end_is_not_left():
     for number, request in (
         (errno.EINVAL, node.read(1, data)),
         (errno.ENOSPC, node.write(3, b"12")),
+        (errno.ENOSPC, node.write_fua(3, b"12")),
         (errno.ENOSPC, node.writev(3, [b"1", b"2"])),
         (errno.ENOSPC, node.write_zeroes(0, 5, may_unmap=True)),
         (errno.EINVAL, node.discard(4, 1)),
