@@ -192,6 +192,8 @@ class BlockBackend:
             await self.root.flush()
         except OSError as error:
             done(error)
+        except Exception as error:  # whoever waits gets an answer, whatever it is
+            done(OSError(errno.EIO, f"internal error: {error!r}"))
         else:
             done(None)
 

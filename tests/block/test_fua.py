@@ -232,7 +232,7 @@ async def test_turned_off_what_is_in_flight_is_flushed_before_it_is_answered(mak
     assert leaf.names() == [name, *FLUSH, *FLUSH]
 
 
-@pytest.mark.parametrize("ending", ["flushed", "flush fails", "write fails"])
+@pytest.mark.parametrize("ending", ["flushed", "flush fails", "a bug", "write fails"])
 async def test_so_is_what_was_submitted(make, ending):
     leaf, done = FuaLeaf(SIZE), []
     backend = make(leaf)
@@ -245,10 +245,15 @@ async def test_so_is_what_was_submitted(make, ending):
         return
     if ending == "flush fails":
         leaf.errors["flush_to_disk"] = failure
+    if ending == "a bug":
+        leaf.errors["flush_to_disk"] = RuntimeError("a bug")
     leaf.complete()
     assert done == []
     await trio.testing.wait_all_tasks_blocked()
-    assert done == [failure if ending == "flush fails" else None]
+    if ending == "a bug":
+        assert "internal error: RuntimeError" in str(done[0])
+    else:
+        assert done == [failure if ending == "flush fails" else None]
     assert leaf.names() == ["submit_write", *FLUSH, *FLUSH]
 
 
