@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "units": {"errors"},
     "config": {"errors"},
     "listeners": {"errors", "config"},
+    "statistics": {"block"},
     "block": {"errors"},
     "engines": {"errors"},
     "drivers": BLOCK_STACK | {"engines"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
     "graph": BLOCK_STACK | {"engines", "drivers", "formats", "filters"},
-    "server": BLOCK_STACK | {"listeners", "nbd", "graph"},
+    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics"},
     "cli": BLOCK_STACK | {"units", "listeners", "formats", "graph", "server"},
     "__main__": {"cli"},
 }

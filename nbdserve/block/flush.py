@@ -23,19 +23,22 @@ __all__ = ["FlushGeneration", "FlushStatistics"]
 
 
 class FlushStatistics(NamedTuple):
-    """requested: calls; merged: those that found nothing to do, or that another's flush covered;
-    done: flushes that were run and succeeded; failed: whether one failed, for good."""
+    """requested: calls. What became of them: clean: nothing was written since the last flush;
+    merged: another's flush covered it; done: it ran a flush itself, which succeeded; failed: it ran
+    one that failed, or came after one that had. The rest still waits, or was cancelled."""
 
     requested: int
+    clean: int
     merged: int
     done: int
-    failed: bool
+    failed: int
 
 
 class FlushGeneration:
     """The write and flush generations of one leaf."""
 
-    __slots__ = ("_done", "_error", "_merged", "_requested", "_running", "flushed", "written")
+    __slots__ = ("_clean", "_done", "_error", "_failed", "_merged", "_requested", "_running",
+                 "flushed", "written")  # fmt: skip
 
     def __init__(self) -> None:
         self.written = 0
@@ -43,8 +46,10 @@ class FlushGeneration:
         self._running: trio.Event | None = None
         self._error: OSError | None = None
         self._requested = 0
+        self._clean = 0
         self._merged = 0
         self._done = 0
+        self._failed = 0
 
     async def flush(self, flush_to_disk: Callable[[], Awaitable[None]]) -> None:
         """Return once all writes completed before the call are durable.
@@ -53,16 +58,20 @@ class FlushGeneration:
         """
         self._requested += 1
         target = self.written
-        ran = False
+        ran = waited = False
         while self.flushed < target or self._error is not None:
             if self._error is not None:
+                self._failed += 1
                 raise OSError(self._error.errno, self._error.strerror)
             if self._running is not None:
+                waited = True
                 await self._running.wait()
                 continue
             ran = True
             await self._flush_now(flush_to_disk)
-        self._merged += not ran
+        self._done += ran
+        self._merged += waited and not ran
+        self._clean += not waited and not ran
 
     async def _flush_now(self, flush_to_disk: Callable[[], Awaitable[None]]) -> None:
         generation = self.written
@@ -70,7 +79,6 @@ class FlushGeneration:
         try:
             await flush_to_disk()
             self.flushed = generation
-            self._done += 1
         except OSError as error:
             self._error = error
         finally:
@@ -80,5 +88,5 @@ class FlushGeneration:
     def statistics(self) -> FlushStatistics:
         """Counters since the leaf was opened."""
         return FlushStatistics(
-            self._requested, self._merged, self._done, self._error is not None
+            self._requested, self._clean, self._merged, self._done, self._failed
         )

@@ -46,7 +46,12 @@ class Extent(NamedTuple):
 
 
 class Node:
-    """A node with `children`; the defaults are those of a node that hides what lies below it."""
+    """A node with `children`; the defaults are those of a node that hides what lies below it.
+
+    `driver`: its name in options and statistics.
+    """
+
+    driver = ""
 
     def __init__(
         self, filename: str, size: int, *, read_only: bool, no_flush: bool = False

@@ -50,6 +50,8 @@ MAX_PIECES = 1024
 class FileNode(Leaf):
     """An open file; `length` is its length in bytes, `size` the same in whole sectors."""
 
+    driver = "file"
+
     def __init__(
         self,
         filename: str,

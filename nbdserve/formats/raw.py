@@ -33,6 +33,8 @@ __all__ = ["RawNode"]
 class RawNode(Node):
     """A window on a child, from `offset` to its end."""
 
+    driver = "raw"
+
     def __init__(self, file: Node, *, offset: int = 0, guarded: bool = False) -> None:
         super().__init__(
             file.filename, file.size - offset, read_only=file.read_only, no_flush=file.no_flush

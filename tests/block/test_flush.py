@@ -41,7 +41,7 @@ async def test_with_nothing_written_it_costs_nothing(disk):
     generation = FlushGeneration()
     await generation.flush(disk.flush)
     assert disk.started == 0
-    assert generation.statistics() == (1, 1, 0, False)
+    assert generation.statistics() == (1, 1, 0, 0, 0)
 
 
 async def test_what_was_flushed_is_not_flushed_again(disk):
@@ -50,7 +50,7 @@ async def test_what_was_flushed_is_not_flushed_again(disk):
     await generation.flush(disk.flush)
     await generation.flush(disk.flush)
     assert disk.started == 1
-    assert generation.statistics() == (2, 1, 1, False)
+    assert generation.statistics() == (2, 1, 0, 1, 0)
 
 
 async def test_many_at_once_cost_one(disk):
@@ -60,7 +60,7 @@ async def test_many_at_once_cost_one(disk):
         for _ in range(50):
             nursery.start_soon(generation.flush, disk.flush)
     assert disk.started == 1
-    assert generation.statistics() == (50, 49, 1, False)
+    assert generation.statistics() == (50, 0, 49, 1, 0)
 
 
 async def test_at_most_one_runs_and_one_waits(disk):
@@ -123,7 +123,7 @@ async def test_a_failure_is_for_good(disk):
     with pytest.raises(OSError, match="the disk is gone"):
         await generation.flush(disk.flush)
     assert disk.started == 1
-    assert generation.statistics() == (4, 0, 0, True)
+    assert generation.statistics() == (4, 0, 0, 0, 4)
 
 
 async def test_a_failure_reaches_all_who_wait(disk):
@@ -170,7 +170,7 @@ async def test_if_the_one_who_flushes_is_cancelled_another_goes_on(disk):
         assert done == []
         disk.gate.set()
     assert done == ["waiting"]
-    assert generation.statistics() == (2, 0, 1, False)
+    assert generation.statistics() == (2, 0, 0, 1, 0)
 
 
 async def test_a_waiter_that_is_cancelled_disturbs_nobody(disk):
