@@ -255,6 +255,8 @@ class KernelQueue(ABC):
                     continue
                 self.reap()
                 await trio.lowlevel.wait_readable(self.eventfd)
+                if self._closed:  # after the eventfd woke us: its number may be another file's
+                    return
                 with suppress(BlockingIOError):
                     os.eventfd_read(self.eventfd)
 

@@ -8,6 +8,7 @@ import random
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 
 from nbdserve.engines import io_uring, kernel_queue, start
 from nbdserve.engines.engine import completion
@@ -70,6 +71,20 @@ async def test_a_write_is_whole(engine, file, data, dsync):
     await completion(lambda done: engine.submit_write(fd, data, 100, done, dsync=dsync))
     joined = b"".join(data)
     assert os.pread(fd, len(content), 0) == content[:100] + joined + content[100 + len(joined) :]
+
+
+@pytest.mark.parametrize("kind", [IoUringEngine, LinuxAioEngine])
+async def test_it_may_be_closed_when_a_completion_has_just_woken_it(kind):
+    """Which of two tasks that are ready goes first is chance: so, often."""
+    for _ in range(30):
+        try:
+            engine = kind()
+        except OSError as error:
+            pytest.skip(f"forbidden here: {error}")
+        await trio.testing.wait_all_tasks_blocked()
+        os.eventfd_write(engine.eventfd, 1)
+        await trio.lowlevel.checkpoint()
+        engine.close()
 
 
 async def test_a_sync_and_errors(engine, file):
