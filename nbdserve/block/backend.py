@@ -1,8 +1,9 @@
 """The BlockBackend: what a front end sees of a tree of nodes.
 
 Everything that belongs to the drive and not to a node is here, once: bounds, the write cache
-setting (WCE) that turns writes into FUA writes, FUA itself (`_durable`), zero detection, the
-accounts (kept here, credited by who answers: block/account.py); and the two ways of a request.
+setting (WCE) that turns writes into FUA writes, the emulation of FUA (`_make_durable`), zero
+detection, the accounts (kept here, credited by who answers: block/account.py); and the two ways of
+a request.
 
 * `*_nowait` does a request at once if its range resolves and the leaves need not wait. It makes no
   task and awaits nothing. A `Miss` means: nothing was done, take the other way.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nbdserve.block.account import Accounts
@@ -27,7 +29,7 @@ from nbdserve.block.buffers import BufferPool
 from nbdserve.block.completions import plug_of
 from nbdserve.block.emulate import is_zero
 from nbdserve.block.node import MAX_INLINE, Buffer, Extent, Leaf, Node
-from nbdserve.block.run import READ, WRITE, Miss
+from nbdserve.block.run import READ, WRITE, WRITE_FUA, Miss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
     from nbdserve.block.completions import Completions
     from nbdserve.block.epoch import Epochs
+
+    Done = Callable[[OSError | None], None]
 
 __all__ = ["BlockBackend"]
 
@@ -78,16 +82,36 @@ class BlockBackend:
         self.on_wait: Callable[[int], object] = lambda requests: None
         self._epochs = epochs
         self._resolve = root.resolve
-        self._write_cache = write_cache
         self._detect_zeroes = detect_zeroes
         self._discard = discard
-        # Writes that must be looked into, or be durable when answered, never take the short way.
-        self._writes_inline = write_cache and detect_zeroes == "off" and not direct
+        self._direct = direct
+        self._turn_write_cache(write_cache)
         self.buffers = buffers or BufferPool()
         self.queues_reads = direct
         """Ask `submit_read` before `read_nowait`."""
-        self.queues_writes = direct and write_cache and detect_zeroes == "off"
+        self.queues_writes = direct and detect_zeroes == "off"
         """The same of `submit_write`."""
+
+    def _turn_write_cache(self, enabled: bool) -> None:
+        self.write_cache = enabled
+        # Where nothing is ever synced FUA means nothing either, as in QEMU since 10.0.
+        self.all_fua = not enabled and not self.root.no_flush
+        # Writes that must be looked into, or be durable when answered, never take the short way.
+        self._writes_inline = (
+            not self.all_fua and self._detect_zeroes == "off" and not self._direct
+        )
+
+    async def set_write_cache(self, enabled: bool) -> None:
+        """Turn the write cache on or off while requests run (blk_set_enable_write_cache).
+
+        Turned off: from now on each write is durable when it is acknowledged, those in flight
+        included; on return so is every one that was acknowledged before. Raises the OSError of
+        the flush that does this; the cache is off all the same. What clients were told of the
+        export does not change: they may go on flushing.
+        """
+        self._turn_write_cache(enabled)
+        if not enabled:
+            await self.flush()
 
     # --- the synchronous way -------------------------------------------------------------------
 
@@ -129,9 +153,7 @@ class BlockBackend:
                 pieces.append((is_hole, length))
         return pieces
 
-    def submit_read(
-        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
-    ) -> bool:
+    def submit_read(self, offset: int, buffer: memoryview, done: Done) -> bool:
         """Queue a read with its leaf; `done` is called later, in the trio thread.
 
         False: it does not resolve to one run of a leaf; take another way.
@@ -145,25 +167,46 @@ class BlockBackend:
         self._submit(leaf.submit_read, host_offset, buffer, done)
         return True
 
-    def submit_write(
-        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
-    ) -> bool:
-        """As `submit_read`, a write in place without FUA; `data` is ours until it is done."""
-        runs = self._resolve(WRITE, offset, len(data))
+    def submit_write(self, offset: int, data: Buffer, done: Done, *, fua: bool = False) -> bool:
+        """As `submit_read`, a write in place; `data` is ours until it is done. False also if FUA,
+        asked for or due to the write cache, takes a flush."""
+        if self._detect_zeroes != "off":
+            return False
+        durable = self._is_fua(fua)
+        runs = self._resolve(WRITE_FUA if durable else WRITE, offset, len(data))
         if type(runs) is not list or len(runs) != 1:
             if isinstance(runs, Miss):  # a read's is counted by `read_nowait`, which comes next
                 self.misses[runs] += 1
             return False
         leaf, host_offset, _ = runs[0]
-        self._submit(_leaf(leaf).submit_write, host_offset, data, done)
+        submit = _leaf(leaf).submit_write
+        if durable:
+            self._submit(partial(submit, fua=True), host_offset, data, done)
+        else:
+            self._submit(submit, host_offset, data, partial(self._written, done))
         return True
+
+    def _written(self, done: Done, error: OSError | None) -> None:
+        """A write without FUA has completed; the write cache may have been turned off since."""
+        if self.all_fua and error is None:
+            self.nursery.start_soon(self._flush_before, done)
+        else:
+            done(error)
+
+    async def _flush_before(self, done: Done) -> None:
+        try:
+            await self.root.flush()
+        except OSError as error:
+            done(error)
+        else:
+            done(None)
 
     def _submit(
         self,
-        submit: Callable[[int, Any, Callable[[OSError | None], None]], None],
+        submit: Callable[[int, Any, Done], None],
         host_offset: int,
         data: Buffer,
-        done: Callable[[OSError | None], None],
+        done: Done,
     ) -> None:
         """In an epoch of its own: the host cluster is nobody else's until it is done."""
         epochs = self._epochs
@@ -178,6 +221,15 @@ class BlockBackend:
         except BaseException:
             epochs.leave(epoch)
             raise
+
+    def flush_nowait(self) -> bool:
+        """Flush if there is nothing to do for it; False: there is, or may be. Raises OSError."""
+        return self.root.flush_nowait()
+
+    def submit_flush(self, done: Done) -> bool:
+        """Flush without a task; `done` is called later, in the trio thread. False: it takes more
+        than a leaf's sync, use `flush`. Ask `flush_nowait` first. Raises OSError."""
+        return self.root.submit_flush(done)
 
     def write_nowait(self, offset: int, data: Buffer) -> Miss | None:
         """Write at once; or say why not, nothing having been written. Raises OSError."""
@@ -225,9 +277,11 @@ class BlockBackend:
             if self._detect_zeroes != "off" and is_zero(data):
                 may_unmap = self._detect_zeroes == "unmap"
                 await self.root.write_zeroes(offset, len(data), may_unmap=may_unmap)
-            else:
+            elif not self._is_fua(fua):
                 await self.root.write(offset, data)
-        await self._durable(fua)
+            elif await self.root.write_fua(offset, data):
+                return
+        await self._make_durable(fua)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fast: bool = False, fua: bool = False
@@ -237,14 +291,14 @@ class BlockBackend:
             await self.root.write_zeroes(
                 offset, length, may_unmap=may_unmap and self._discard, fallback=not fast
             )
-        await self._durable(fua)
+        await self._make_durable(fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """The range's content is no longer needed."""
         with self._request("discard", offset, length):
             if self._discard:
                 await self.root.discard(offset, length)
-        await self._durable(fua)
+        await self._make_durable(fua)
 
     async def flush(self) -> None:
         """Make every write answered so far durable."""
@@ -270,9 +324,14 @@ class BlockBackend:
                     length -= piece.length
         return extents
 
-    async def _durable(self, fua: bool) -> None:
-        """FUA is emulated here and nowhere else: by the flush chain (bdrv_driver_pwritev)."""
-        if fua or not self._write_cache:
+    def _is_fua(self, fua: bool) -> bool:
+        """Whether a write must be durable when it is answered."""
+        return self.all_fua or (fua and not self.root.no_flush)
+
+    async def _make_durable(self, fua: bool) -> None:
+        """Something was written. FUA is emulated here and nowhere else, by the flush chain
+        (bdrv_driver_pwritev); that includes what was in flight when the write cache went off."""
+        if self._is_fua(fua):
             await self.root.flush()
 
     def drain_begin(self) -> None:

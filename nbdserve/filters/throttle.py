@@ -19,7 +19,7 @@ from nbdserve.block.node import Node
 from nbdserve.block.run import READ, WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nbdserve.block.node import Buffer, Extent
     from nbdserve.filters.throttle_group import ThrottleMember
@@ -56,6 +56,10 @@ class ThrottleNode(Node):
         await self._member.admit(WRITE, len(data))
         await self._file.write(offset, data)
 
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        await self._member.admit(WRITE, len(data))
+        return await self._file.write_fua(offset, data)
+
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
         await self._member.admit(WRITE, sum(len(piece) for piece in data))
         await self._file.writev(offset, data)
@@ -72,6 +76,12 @@ class ThrottleNode(Node):
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return await self._file.block_status(offset, length)
+
+    def flush_nowait(self) -> bool:
+        return self._file.flush_nowait()
+
+    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+        return self._file.submit_flush(done)
 
     async def flush(self) -> None:
         await self._file.flush()

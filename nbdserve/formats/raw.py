@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.block.node import Buffer, Extent, Node
-from nbdserve.block.run import WRITE, Miss
+from nbdserve.block.run import READ, Miss
 from nbdserve.formats.probe import PROBE_SIZE, looks_like_format
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from nbdserve.block.run import Op, Resolution
 
@@ -53,7 +53,7 @@ class RawNode(Node):
         return self._file.cluster_size
 
     def resolve(self, op: Op, offset: int, length: int) -> Resolution:
-        if self._guarded and op is WRITE and offset < PROBE_SIZE:
+        if self._guarded and op is not READ and offset < PROBE_SIZE:
             return Miss.OPAQUE
         return self._file.resolve(op, offset + self._offset, length)
 
@@ -70,6 +70,13 @@ class RawNode(Node):
         async with self._first_sector:
             await self._check_first_sector(offset, data)
             await self._file.write(offset + self._offset, data)
+
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        if not self._guarded or offset >= PROBE_SIZE:
+            return await self._file.write_fua(offset + self._offset, data)
+        async with self._first_sector:
+            await self._check_first_sector(offset, data)
+            return await self._file.write_fua(offset + self._offset, data)
 
     async def _check_first_sector(self, offset: int, data: Buffer) -> None:
         """Raise OSError(EPERM) if `data` would make the image look like one in another format."""
@@ -108,3 +115,9 @@ class RawNode(Node):
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return await self._file.block_status(offset + self._offset, length)
+
+    def flush_nowait(self) -> bool:
+        return self._file.flush_nowait()
+
+    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+        return self._file.submit_flush(done)

@@ -33,6 +33,7 @@ from nbdserve.nbd.proto import (
     TransmissionFlag,
 )
 from nbdserve.nbd.requests import (
+    FUA_WRITE,
     PLAIN_READ,
     PLAIN_WRITE,
     ProtocolError,
@@ -77,6 +78,8 @@ CHUNK_ROOM = MAX_PIECES * 32 + 4096
 COPY_BELOW = 64 << 10
 
 DISC = int(Command.DISC)
+FLUSH = int(Command.FLUSH)
+WRITE = int(Command.WRITE)
 DONE = replies.DONE
 OFFSET_DATA = int(ReplyType.OFFSET_DATA)
 _pack_data_chunk = OFFSET_DATA_CHUNK.pack_into
@@ -196,6 +199,8 @@ class Connection:
         self._lent: list[memoryview] = []  # buffers that replies on their way point into
         self._late = LateRequests(session, self._poller, self._send_late, self._log)
         self._queue = self._queues()
+        # Of what is done in the hot loop. Longer reads may get hole chunks.
+        self._longest = HOLES_FROM - 1 if self._structured else MAX_INLINE
         self._wanted = READABLE
         self._received = False
 
@@ -205,7 +210,7 @@ class Connection:
         if self._backend.queues_reads:
             queues[PLAIN_READ] = self._late.queue_read
         if self._backend.queues_writes and self._writable:
-            queues[PLAIN_WRITE] = self._late.queue_write
+            queues[PLAIN_WRITE] = queues[FUA_WRITE] = self._late.queue_write
         return queues
 
     def _take(self, data: bytes) -> None:
@@ -310,7 +315,7 @@ class Connection:
         first = position
         others = others_sent = sent = nb_writes = written = 0
         head_size = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
-        longest = HOLES_FROM - 1 if structured else MAX_INLINE
+        longest = self._longest
         read_nowait, write_nowait = self._backend.read_nowait, self._backend.write_nowait
         outbox, late, queue = self._outbox, self._late, self._queue
         late.began = began = perf_counter_ns()
@@ -415,8 +420,21 @@ class Connection:
             and not self._backend.throttled
         ):
             return self._read_sparse(request, fill)
-        self._start_late(request)
+        if command == FLUSH and self._backend.flush_nowait():
+            self._late.answered(request)
+            return self._put(fill, replies.done(cookie, structured=False))
+        if not self._queue_special(request):
+            self._start_late(request)
         return fill
+
+    def _queue_special(self, request: Request) -> bool:
+        """Submit a flush, or a write that waits for the disk; False: it needs a task."""
+        head, _, _, length, _ = request
+        if command_of(head) == FLUSH:
+            return self._late.queue_flush(request)
+        if head in self._queue and length <= self._longest:
+            return False  # asked in the hot loop
+        return command_of(head) == WRITE and self._late.queue_waiting_write(request)
 
     def _read_sparse(self, request: Request, fill: int) -> int:
         """A long read: a chunk for each piece of data or zeroes."""
@@ -443,8 +461,7 @@ class Connection:
                     return fill
                 position += nb_bytes
             offset += nb_bytes
-        late = self._late
-        late.reads.add(1, length, perf_counter_ns() - late.began)
+        self._late.answered(request)
         return position
 
     # --- late requests -------------------------------------------------------------------------

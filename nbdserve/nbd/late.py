@@ -1,7 +1,8 @@
 """Late requests: those that cannot be answered at once, from start to reply.
 
 A read or write that only waits for the disk is queued with its leaf and answered by a callback: no
-task, no await. Everything else runs as a task in the backend's nursery (nbd/commands.py), so that a
+task, no await. So is a flush that is but a leaf's sync, and a write with FUA that the leaf can make
+durable. Everything else runs as a task in the backend's nursery (nbd/commands.py), so that a
 client that goes away cancels nothing of it, least of all of an allocation that others wait for.
 
 Law of memory: `full` says when a connection must take no further request. It bounds the number and
@@ -14,18 +15,21 @@ came in was begun (`began`).
 from __future__ import annotations
 
 import errno
+import logging
+from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
+from nbdserve.block.flush import FlushFailed
+from nbdserve.block.node import MAX_INLINE
 from nbdserve.block.run import Miss
 from nbdserve.nbd import replies
 from nbdserve.nbd.commands import HANDLERS, read_reply_head
 from nbdserve.nbd.proto import SIMPLE_REPLY_MAGIC, Command
-from nbdserve.nbd.requests import Request, command_name, command_of, flags_of
+from nbdserve.nbd.requests import FUA_WRITE, Request, command_name, command_of, flags_of
 from nbdserve.nbd.wire import SIMPLE_REPLY
 
 if TYPE_CHECKING:
-    import logging
     from collections.abc import Callable, Sequence
 
     from nbdserve.block.account import Account, Operations
@@ -86,10 +90,16 @@ class LateRequests:
         }
         self.reads = account.operations["rd"]
         self.writes = account.operations["wr"]
+        self._flushes = account.operations["flush"]
 
     def close_account(self) -> None:
         """The client has left; what is still under way counts as that of one of those."""
         self._credit(self._backend.accounts.close(self.account))
+
+    def answered(self, request: Request) -> None:
+        """A request was done at once, not by the hot loop, which counts its own."""
+        head, _, _, length, _ = request
+        self._kinds[command_of(head)].add(1, length, perf_counter_ns() - self.began)
 
     def refused(self, request: Request) -> None:
         """A request was answered without a look at the drive: it is invalid."""
@@ -139,15 +149,16 @@ class LateRequests:
         return True
 
     def queue_write(self, request: Request) -> bool:
-        """Submit a WRITE without flags that is within bounds; False: it must go another way.
+        """Submit a WRITE, with FUA or not, that is within bounds; False: it must go another way.
 
         The payload is copied: out of the receive buffer, into memory that O_DIRECT takes.
         """
-        _, cookie, offset, length, payload = request
+        head, cookie, offset, length, payload = request
         buffer = self._buffers.take(length)
         data = buffer[:length]
         data[:] = payload  # type: ignore[assignment]
         began = self.began
+        submit = self._backend.submit_write
 
         def done(error: OSError | None) -> None:
             self._count(-1, -length)
@@ -158,9 +169,35 @@ class LateRequests:
                 self.writes.add(1, length, perf_counter_ns() - began)
                 self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)], None)
 
-        if not self._submit(self._backend.submit_write, offset, data, done, buffer):
+        if head == FUA_WRITE:
+            submit = partial(submit, fua=True)
+        if not self._submit(submit, offset, data, done, buffer):
             return False
         self._count(1, length)
+        return True
+
+    def queue_waiting_write(self, request: Request) -> bool:
+        """As `queue_write`, if the write waits for the disk: because of FUA, of its own or for want
+        of a write cache, or with O_DIRECT."""
+        head, _, _, length, _ = request
+        waits = head == FUA_WRITE or self._backend.all_fua or self._backend.queues_writes
+        return waits and 0 < length <= MAX_INLINE and self.queue_write(request)
+
+    def queue_flush(self, request: Request) -> bool:
+        """Submit a FLUSH; False: it must go another way."""
+        began = self.began
+
+        def done(error: OSError | None) -> None:
+            self._count(-1, 0)
+            if error is not None:
+                self._on_reply([self.failure(request, error, began)], None)
+            else:
+                self._flushes.add(1, 0, perf_counter_ns() - began)
+                self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, request[1])], None)
+
+        if not self._backend.submit_flush(done):
+            return False
+        self._count(1, 0)
         return True
 
     def _submit(
@@ -211,7 +248,9 @@ class LateRequests:
         self._kinds[command_of(head)].fail(perf_counter_ns() - began)
         reason = error.strerror or str(error)
         name = command_name(request)
-        self._log.warning("%s of %d bytes at %d: %s", name, length, offset, reason)
+        # That a flush failed the log says once for each file, and not for each request after it.
+        level = logging.DEBUG if isinstance(error, FlushFailed) else logging.WARNING
+        self._log.log(level, "%s of %d bytes at %d: %s", name, length, offset, reason)
         return replies.error_reply(
             cookie, replies.nbd_error(error.errno), reason, structured=self._structured
         )

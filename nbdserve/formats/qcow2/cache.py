@@ -20,7 +20,7 @@ import trio
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from nbdserve.formats.qcow2.tables import Table
 
@@ -56,6 +56,7 @@ class TableCache:
     ) -> None:
         self.hot: dict[int, array[int]] = {}
         self._tables: dict[int, Table] = {}
+        self._dirty: dict[Table, None] = {}  # in the order in which they became so
         self._loading: dict[int, trio.Event] = {}
         self._capacity = capacity
         self._load = load
@@ -94,12 +95,17 @@ class TableCache:
     def add(self, index: int, table: Table) -> None:
         """Put a table that was just made into the cache."""
         self._tables[index] = table
+        table.registry = self._dirty
+        if table.dirty:
+            self._dirty[table] = None
         self.hot[index] = table.entries
         self._nb_bytes += table.nb_bytes + TABLE_OVERHEAD
 
     def remove(self, index: int) -> None:
         """Take out a table that was replaced by another."""
         table = self._tables.pop(index)
+        self._dirty.pop(table, None)
+        table.registry = {}
         self.hot.pop(index, None)
         self._nb_bytes -= table.nb_bytes + TABLE_OVERHEAD
 
@@ -130,9 +136,9 @@ class TableCache:
             self._nb_bytes -= table.nb_bytes + TABLE_OVERHEAD
             self._evictions += 1
 
-    def dirty(self) -> Iterator[Table]:
+    def dirty(self) -> list[Table]:
         """The tables with entries that are not on disk."""
-        return (table for table in self._tables.values() if table.dirty)
+        return list(self._dirty)
 
     def statistics(self) -> CacheStatistics:
         """Counters since the image was opened."""

@@ -20,6 +20,7 @@ from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.allocation import allocate_nowait, write_allocating
 from nbdserve.formats.qcow2.cache import TableCache
 from nbdserve.formats.qcow2.discard import discard, write_zeroes
+from nbdserve.formats.qcow2.durability import Durability
 from nbdserve.formats.qcow2.geometry import Geometry
 from nbdserve.formats.qcow2.header import (
     Header,
@@ -39,6 +40,7 @@ from nbdserve.formats.qcow2.supported import check_supported
 from nbdserve.formats.qcow2.tables import Table, decode_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Mapping as MappingType
 
     from nbdserve.block.epoch import Epochs
@@ -92,6 +94,7 @@ async def open_qcow2(
     l1 = await _read_table(file, header.l1_table_offset, geometry.l1_entries)
     metadata = MetadataMap(file.filename, geometry, file.size)
     quarantine = Quarantine(epochs)
+    durability = Durability()
     mapping = Mapping(
         file,
         backing,
@@ -99,6 +102,7 @@ async def open_qcow2(
         l1,
         has_zero_flag=header.version >= 3,
         metadata=metadata.offsets,
+        durability=durability,
     )
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     nb_entries = 0 if read_only else table_bytes // 8
@@ -132,6 +136,7 @@ async def open_qcow2(
         refcounts,
         metadata,
         quarantine,
+        durability,
         wake=node.wanted.set,
     )
     node.wire(cache_sizes or CacheSizes())
@@ -204,7 +209,19 @@ class Qcow2Node(Node):
             raise OSError(error.errno, str(error)) from None
 
     async def write(self, offset: int, data: Buffer) -> None:
+        await self._write(offset, data, fua=False)
+
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        mapping = self.image.mapping
+        durable = await self._write(offset, data, fua=mapping.is_durable(offset, len(data)))
+        if not durable:
+            self.image.durability.file_written()
+        return durable
+
+    async def _write(self, offset: int, data: Buffer, *, fua: bool) -> bool:
+        """`fua`: pass it down. Returns whether all of it was, on a mapping that is durable."""
         image = self.image
+        durable = fua
         rest = memoryview(data)
         while len(rest):
             image.check_writable()
@@ -217,12 +234,20 @@ class Qcow2Node(Node):
                     image.metadata.assert_data(extent.host_offset, extent.length)
                 except CorruptImage as error:
                     raise image.stop(error) from None
-                await image.file.write(extent.host_offset, rest[: extent.length])
+                piece = rest[: extent.length]
+                # Asked again: during an earlier piece others may have changed the mapping.
+                if fua and image.mapping.is_durable(offset, len(piece)):
+                    durable &= await image.file.write_fua(extent.host_offset, piece)
+                else:
+                    await image.file.write(extent.host_offset, piece)
+                    durable = False
                 written = extent.length
             else:
                 written = await write_allocating(image, self._reader, offset, rest)
+                durable = False
             offset += written
             rest = rest[written:]
+        return durable
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
@@ -258,16 +283,40 @@ class Qcow2Node(Node):
 
     # --- the flush chain -----------------------------------------------------------------------
 
+    def _is_settled(self) -> bool:
+        """Whether a flush of the file is all that a flush takes: no metadata is dirty or on its
+        way, and none waits to be known durable. Raises OSError if the image is broken."""
+        if self.read_only:
+            return True
+        image = self.image
+        image.check_writable()
+        return not (
+            self._flush_lock.locked()
+            or image.durability.awaits_flush
+            or image.quarantine
+            or is_dirty(image)
+        )
+
+    def flush_nowait(self) -> bool:
+        return self._is_settled() and (self.read_only or self.image.file.flush_nowait())
+
+    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+        return self._is_settled() and self.image.file.submit_flush(done)
+
     async def flush(self) -> None:
         if self.read_only:
             return
-        self.image.check_writable()
+        if self._is_settled():
+            await self.image.file.flush()
+            return
         covering = self._flushes + 1  # the next to begin; those who wait for it share it
         async with self._flush_lock:
             if self._flushed < covering:
                 self._flushes = number = self._flushes + 1
+                token = self.image.durability.begin_flush()
                 await super().flush()
                 self._flushed = number
+                self.image.durability.flushed(token)
                 self.image.quarantine.mark_durable()
         if self.image.quarantine:
             await self._release()

@@ -114,6 +114,7 @@ async def write_back(image: Image) -> None:
                 await image.file.flush()
                 pending = _settle(image, pending, number)
             await _write(image, writes)
+            image.durability.file_written()
     except BaseException:
         for _, table in pending:
             table.not_written()
@@ -175,6 +176,7 @@ async def _write(image: Image, writes: list[TableWrite]) -> None:
         if number % MAX_WRITES == MAX_WRITES - 1:
             await trio.lowlevel.checkpoint()
         image.check_writable()
+        image.durability.table_written(host_offset, len(data))
         # Slices are small and go into the page cache: a hop for each would cost ten times as much.
         if leaf is None or not leaf.write_nowait(host_offset, data):
             await image.file.write(host_offset, data)

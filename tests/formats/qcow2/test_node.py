@@ -111,7 +111,7 @@ async def test_no_cluster_is_reused_under_a_request_in_flight(empty, way):
             if way == "read":
                 await backend.read(0, memoryview(data))
             elif way == "submit":
-                assert await submit(backend, 0, memoryview(data))
+                assert await submit(backend.submit_read, 0, memoryview(data))
             else:
                 await backend.write(0, b"w" * C)
 
