@@ -11,7 +11,8 @@ The order is the law of this module:
    gone may open the image.
 
 Signals are received from before 1 until after 5, so that a second one interrupts
-nothing. What one connection does wrong ends that connection alone.
+nothing. SIGUSR1 stops nothing: it has the statistics logged, which is also done at the end
+if the server is verbose. What one connection does wrong ends that connection alone.
 
 Life cycle and client limit follow qemu-nbd (``nbd_accept``, ``nbd_client_closed``,
 ``nbd_update_server_watch``): at the limit nobody is turned away, the next client waits
@@ -39,10 +40,12 @@ from nbdserve.listeners import Listeners, nbd_uri, open_listeners
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
+from nbdserve.statistics import log_statistics, plain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Sequence
 
+    from nbdserve.block.completions import Completions
     from nbdserve.config import ListenConfig, ServeConfig
 
 SHUTDOWN_TIMEOUT = 5.0
@@ -64,6 +67,8 @@ takes two turns, which costs a fifth of the throughput. TCP tunes its buffers it
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Those that end qemu-nbd in order."""
+
+STATISTICS_SIGNAL = signal.SIGUSR1
 
 log = logging.getLogger("nbdserve.server")
 
@@ -88,21 +93,35 @@ async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> No
     """Serve an image until a stop signal, or until the last client has left.
 
     Must run in the main thread. ``on_ready`` is called once, when clients are accepted and
-    the pid file is written; what it raises stops the server.
+    the pid file is written; what it raises stops the server. A caller who does not want to be
+    killed by a SIGUSR1 that comes too early or too late ignores it before.
 
     :raises NbdserveError: the image is refused, or an option cannot be honoured.
     :raises OSError: the last flush failed, or the image could not be closed.
     """
-    with _single_exception(), trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+    received = (*STOP_SIGNALS, STATISTICS_SIGNAL)
+    with _single_exception(), trio.open_signal_receiver(*received) as signals:
         async with trio.open_nursery() as nursery:
-            stop = trio.Event()
-            nursery.start_soon(_watch_signals, signals, stop)
-            await _serve_until(stop, config, on_ready)
+            wishes = _Wishes()
+            nursery.start_soon(_watch_signals, signals, wishes)
+            try:
+                await _serve_until(wishes, config, on_ready)
+            finally:
+                if config.verbose:
+                    wishes.report()
             nursery.cancel_scope.cancel()
 
 
+class _Wishes:
+    """What signals ask for. `report` logs the statistics, once there is a server that has some."""
+
+    def __init__(self) -> None:
+        self.stop = trio.Event()
+        self.report: Callable[[], None] = lambda: None
+
+
 async def _serve_until(
-    stop: trio.Event, config: ServeConfig, on_ready: Callable[[Ready], None]
+    wishes: _Wishes, config: ServeConfig, on_ready: Callable[[Ready], None]
 ) -> None:
     with contextlib.ExitStack() as at_end, shared_by_drives(config.groups) as shared:
         async with contextlib.AsyncExitStack() as drives:
@@ -120,7 +139,8 @@ async def _serve_until(
             on_ready(Ready(uris[0], listeners.where, first.size, first.read_only, uris[1:]))
             for export, uri in zip(exports, uris, strict=True):
                 log.info("serving %s at %s", export.backend.filename, uri)
-            server = _Server(listeners, exports, config, stop)
+            server = _Server(listeners, exports, config, wishes.stop)
+            wishes.report = server.log_statistics
             await server.run()
 
 
@@ -139,10 +159,14 @@ class _Server:
         self._max_clients = config.max_clients
         self._persistent = config.persistent
         self._stop = stop
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, str] = {}  # with the client's name
+        self._nb_accepted = 0
+        self._started = trio.current_time()
         self._room = trio.lowlevel.ParkingLot()
-        engines = {engine for export in exports for engine in export.backend.engines}
-        self._poller = Poller(list(engines))
+        self._engines: list[Completions] = list(
+            {engine for export in exports for engine in export.backend.engines}
+        )
+        self._poller = Poller(self._engines)
         for export in exports:
             export.backend.on_wait = self._poller.waits
 
@@ -196,8 +220,9 @@ class _Server:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setblocking(False)
             connection = Connection(sock, self._exports, self._poller, log=log.getChild("client"))
-            self._connections.add(connection)
             name = "{}:{}".format(*address[:2]) if address else "on the unix socket"
+            self._connections[connection] = name
+            self._nb_accepted += 1
             clients.start_soon(self._run_client, connection, sock, name)
 
     async def _run_client(
@@ -212,17 +237,49 @@ class _Server:
             log.debug("client %s", name, exc_info=True)
         finally:
             sock.close()
-            self._connections.discard(connection)
+            self._connections.pop(connection)
             self._room.unpark_all()
         log.info("client %s left", name)
         if not self._persistent and not self._connections and connection.negotiated:
             self._stop.set()
 
+    def statistics(self) -> dict[str, object]:
+        """All counters there are, as json can hold them; docs/statistics.md says what they mean."""
+        tree: dict[str, object] = plain(
+            {
+                "seconds": trio.current_time() - self._started,
+                "clients": len(self._connections),
+                "accepted": self._nb_accepted,
+                "exports": {
+                    export.name: export.backend.statistics() for export in self._exports
+                },
+                "connections": [
+                    {"client": name, **connection.statistics()}
+                    for connection, name in self._connections.items()
+                ],
+                "engines": [
+                    {"name": engine.name, **plain(engine.statistics())}
+                    for engine in self._engines
+                ],
+            }
+        )
+        return tree
 
-async def _watch_signals(signals: AsyncIterator[int], stop: trio.Event) -> None:
+    def log_statistics(self) -> None:
+        """Log them. Never raises: who serves shall not suffer from who asks."""
+        try:
+            log_statistics(self.statistics())
+        except Exception:
+            log.exception("internal error in the statistics")
+
+
+async def _watch_signals(signals: AsyncIterator[int], wishes: _Wishes) -> None:
     async for number in signals:
-        log.info("stopping: %s", signal.Signals(number).name)
-        stop.set()
+        if number == STATISTICS_SIGNAL:
+            wishes.report()
+        else:
+            log.info("stopping: %s", signal.Signals(number).name)
+            wishes.stop.set()
 
 
 def _backlog(config: ServeConfig) -> int:

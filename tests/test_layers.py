@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "inherit": {"errors", "blockdev"},
     "config": {"errors"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
+    "statistics": {"block"},
     "block": {"errors"},
     "engines": {"errors"},
     "drivers": BLOCK_STACK | {"engines"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "nbd": {"errors", "block"},
     "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters"},
     "graph": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "opener"},
-    "server": BLOCK_STACK | {"listeners", "nbd", "graph"},
+    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics"},
     "cli": BLOCK_STACK | NODE_OPTIONS | {"units", "listeners", "formats", "graph", "server"},
     "__main__": {"cli"},
 }

@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from nbdserve import server
 from nbdserve.config import (
@@ -54,6 +55,7 @@ class World:
         self.connections = []
         self.open_error = None
         self.close_error = None
+        self.statistics_error = None
 
 
 class FakeBackend:
@@ -64,6 +66,17 @@ class FakeBackend:
 
     def __init__(self, world):
         self.world = world
+
+    def statistics(self):
+        if self.world.statistics_error is not None:
+            raise self.world.statistics_error
+        return {
+            "requests": {"rd_operations": 7},
+            "left": {"connections": 0},
+            "misses": {},
+            "nodes": {},
+            "closed": "closed" in self.world.happened,
+        }
 
     def drain_begin(self):
         assert not any(connection.asked.is_set() for connection in self.world.connections)
@@ -81,6 +94,9 @@ class FakeConnection:
         self.asked = trio.Event()
         self.reading = None
         world.connections.append(self)
+
+    def statistics(self):
+        return {"export": "", "wr_operations": 3} if self.negotiated else {}
 
     def shutdown(self):
         self.asked.set()
@@ -254,6 +270,95 @@ async def test_a_signal_stops_in_order(folder, world, number):
         await ended.wait()
     assert world.happened == ["opened", "drained", "closed"]
     assert list(folder.iterdir()) == []
+
+
+def statistics_in(caplog):
+    return [
+        message
+        for name, _, message in caplog.record_tuples
+        if name == "nbdserve.statistics"
+    ]
+
+
+async def asked_for_statistics(caplog, nb_lines):
+    """Send the signal; the lines that it had logged."""
+    caplog.clear()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    await until(lambda: len(statistics_in(caplog)) >= nb_lines)
+    return statistics_in(caplog)
+
+
+async def until(condition):
+    while not condition():  # noqa: ASYNC110 - it is a log that is waited for
+        await trio.sleep(0.001)
+
+
+async def test_sigusr1_logs_the_statistics_and_disturbs_nobody(folder, world, caplog):
+    async with (
+        serving(config_for(folder / "s")) as (_, ended),
+        await dial(folder / "s") as client,
+        await dial(folder / "s") as other,
+    ):
+        assert await say(client, b"go") == b"ok\n"
+        for _ in range(3):
+            head, *lines = await asked_for_statistics(caplog, 4)
+            assert head.startswith("statistics server seconds=")
+            assert head.endswith(" clients=2 accepted=2")
+            assert lines == [
+                'statistics export export="" rd_operations=7',
+                'statistics connection client="on the unix socket" export="" wr_operations=3',
+                'statistics connection client="on the unix socket"',
+            ]
+        assert await say(other, b"go") == b"ok\n"
+        assert not ended.is_set()
+        assert world.happened == ["opened"]
+        caplog.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended.wait()
+    assert statistics_in(caplog) == []
+    assert world.happened == ["opened", "drained", "closed"]
+
+
+async def test_statistics_and_stop_at_once_both_happen(folder, world, caplog):
+    async with serving(config_for(folder / "s")) as (_, ended):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended.wait()
+    assert len(statistics_in(caplog)) == 2
+
+
+async def test_a_verbose_server_logs_them_when_the_image_is_closed(folder, world, caplog):
+    async with serving(config_for(folder / "s", verbose=True)):
+        pass
+    assert [line for line in statistics_in(caplog) if "closed=true" in line]
+
+
+async def test_a_bug_in_the_statistics_is_no_reason_to_stop(folder, world, caplog):
+    world.statistics_error = RuntimeError("a bug")
+    async with (
+        serving(config_for(folder / "s", verbose=True)) as (_, ended),
+        await dial(folder / "s") as client,
+    ):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await until(lambda: "a bug" in caplog.text)
+        assert await say(client, b"go") == b"ok\n"
+        assert not ended.is_set()
+
+
+async def test_asked_while_the_image_is_opened_nothing_happens(folder, world, monkeypatch, caplog):
+    inner = server.open_backend
+
+    @contextlib.asynccontextmanager
+    async def open_slowly(config):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await trio.testing.wait_all_tasks_blocked()
+        async with inner(config) as backend:
+            yield backend
+
+    monkeypatch.setattr(server, "open_backend", open_slowly)
+    async with serving(config_for(folder / "s")) as (ready, _):
+        assert ready.size == 1 << 20
+        assert statistics_in(caplog) == []
 
 
 async def test_what_is_in_flight_is_finished(folder, world):

@@ -2,7 +2,8 @@
 
 Everything that belongs to the drive and not to a node is here, once: bounds, the write cache
 setting (WCE) that turns writes into FUA writes, the emulation of FUA (`_make_durable`), zero
-detection, the statistics; and the two ways of a request.
+detection, the accounts (kept here, credited by who answers: block/account.py); and the two ways of
+a request.
 
 * `*_nowait` does a request at once if its range resolves and the leaves need not wait. It makes no
   task and awaits nothing. A `Miss` means: nothing was done, take the other way.
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nbdserve.block.account import Accounts
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.completions import plug_of
 from nbdserve.block.emulate import is_zero
@@ -76,7 +78,7 @@ class BlockBackend:
         self.engines = engines
         self.plug = plug_of(engines)
         self.misses: Counter[Miss] = Counter()
-        self.requests: Counter[str] = Counter()
+        self.accounts = Accounts()
         self.on_wait: Callable[[int], object] = lambda requests: None
         self._epochs = epochs
         self._resolve = root.resolve
@@ -120,7 +122,7 @@ class BlockBackend:
         if len(runs) == 1:
             leaf, host_offset, length = runs[0]
             if leaf is not None:
-                return None if leaf.read_nowait(host_offset, buffer) else Miss.WOULD_BLOCK
+                return None if leaf.read_nowait(host_offset, buffer) else self._would_block()
             buffer[:] = bytes(length)
             return None
         if len(buffer) > MAX_INLINE:
@@ -130,7 +132,7 @@ class BlockBackend:
             if leaf is None:
                 piece[:] = bytes(length)
             elif not leaf.read_nowait(host_offset, piece):
-                return Miss.WOULD_BLOCK
+                return self._would_block()
             buffer = buffer[length:]
         return None
 
@@ -171,6 +173,8 @@ class BlockBackend:
         durable = fua or not self.write_cache
         runs = self._resolve(WRITE_FUA if durable else WRITE, offset, len(data))
         if type(runs) is not list or len(runs) != 1:
+            if isinstance(runs, Miss):  # a read's is counted by `read_nowait`, which comes next
+                self.misses[runs] += 1
             return False
         leaf, host_offset, _ = runs[0]
         submit = _leaf(leaf).submit_write
@@ -220,16 +224,12 @@ class BlockBackend:
 
     def flush_nowait(self) -> bool:
         """Flush if there is nothing to do for it; False: there is, or may be. Raises OSError."""
-        flushed = self.root.flush_nowait()
-        self.requests["flush"] += flushed
-        return flushed
+        return self.root.flush_nowait()
 
     def submit_flush(self, done: Done) -> bool:
         """Flush without a task; `done` is called later, in the trio thread. False: it takes more
         than a leaf's sync, use `flush`. Ask `flush_nowait` first. Raises OSError."""
-        submitted = self.root.submit_flush(done)
-        self.requests["flush"] += submitted
-        return submitted
+        return self.root.submit_flush(done)
 
     def write_nowait(self, offset: int, data: Buffer) -> Miss | None:
         """Write at once; or say why not, nothing having been written. Raises OSError."""
@@ -243,20 +243,23 @@ class BlockBackend:
             return runs  # type: ignore[return-value]
         if len(runs) == 1:
             leaf, host_offset, _ = runs[0]
-            return None if leaf.write_nowait(host_offset, data) else Miss.WOULD_BLOCK  # type: ignore[union-attr]
+            return None if leaf.write_nowait(host_offset, data) else self._would_block()  # type: ignore[union-attr]
         rest = memoryview(data)
         for leaf, host_offset, length in runs:
             if not _leaf(leaf).write_nowait(host_offset, rest[:length]):
-                return Miss.WOULD_BLOCK
+                return self._would_block()
             rest = rest[length:]
         return None
+
+    def _would_block(self) -> Miss:
+        self.misses[Miss.WOULD_BLOCK] += 1
+        return Miss.WOULD_BLOCK
 
     # --- the asynchronous way ------------------------------------------------------------------
 
     @contextmanager
     def _request(self, kind: str, offset: int, length: int) -> Iterator[None]:
         assert 0 <= offset <= offset + length <= self.size, f"{kind} of {length} at {offset}"
-        self.requests[kind] += 1
         epoch = self._epochs.enter()
         try:
             yield
@@ -301,7 +304,6 @@ class BlockBackend:
 
     async def flush(self) -> None:
         """Make every write answered so far durable."""
-        self.requests["flush"] += 1
         await self.root.flush()
 
     async def block_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
@@ -336,11 +338,20 @@ class BlockBackend:
             node.drain_begin()
 
     def statistics(self) -> dict[str, object]:
-        """Counters since the image was opened, of the backend and all nodes."""
+        """Counters since the image was opened, of the backend and all nodes.
+
+        requests: of all clients together; left: of those that have gone; misses: requests that
+        could not go the synchronous way, by reason, those that never do left out.
+        """
         return {
-            "requests": dict(self.requests),
+            "requests": self.accounts.total().statistics(),
+            "left": self.accounts.statistics(),
             "misses": {miss.name: count for miss, count in self.misses.items()},
-            "nodes": {role: node.statistics() for role, node in self._nodes()},
+            "buffers": {"free_bytes": self.buffers.statistics()},
+            "nodes": {
+                role: {"driver": node.driver, "filename": node.filename, **node.statistics()}
+                for role, node in self._nodes()
+            },
         }
 
     def _nodes(self) -> Iterator[tuple[str, Node]]:

@@ -54,9 +54,11 @@ class Extent(NamedTuple):
 class Node:
     """A node with `children`; the defaults are those of a node that hides what lies below it.
 
-    `node_name`: what the user calls it; names that begin with # are ours (graph.py).
+    `driver`: its name in options and statistics. `node_name`: what the user calls it; names that
+    begin with # are ours (graph.py).
     """
 
+    driver = ""
     node_name = ""
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
     logging.basicConfig(
         level=logging.DEBUG if config.verbose else logging.WARNING, format="nbdserve: %(message)s"
     )
+    # Until the server takes it, and after that: it is to kill nobody who only asked too early.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if fork:
         config = _with_absolute_paths(config)
     report = detach() if fork else None

@@ -30,6 +30,8 @@ __all__ = ["ThrottleNode"]
 class ThrottleNode(Node):
     """A child behind the limits of a throttle group."""
 
+    driver = "throttle"
+
     def __init__(self, file: Node, member: ThrottleMember) -> None:
         """`member` is this node's own: it leaves its group when the node is closed."""
         super().__init__(

@@ -36,6 +36,8 @@ __all__ = ["RawNode"]
 class RawNode(Node):
     """A window on a child, from `offset` on; of `size` bytes, or to the child's end."""
 
+    driver = "raw"
+
     def __init__(
         self, file: Node, *, offset: int = 0, size: int | None = None, guarded: bool = False
     ) -> None:

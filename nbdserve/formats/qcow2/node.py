@@ -156,6 +156,8 @@ async def _read_table(file: Node, host_offset: int, nb_entries: int) -> Table:
 class Qcow2Node(Node):
     """An open qcow2 image."""
 
+    driver = "qcow2"
+
     image: Image
 
     def __init__(
@@ -373,11 +375,18 @@ class Qcow2Node(Node):
                     return
 
     def statistics(self) -> dict[str, object]:
+        image = self.image
         return {
-            "l2_cache": self.image.l2.statistics(),
-            "refcount_cache": self.image.refcounts.blocks.statistics(),
-            "quarantine": len(self.image.quarantine),
-            "locks": self.image.locks.statistics(),
+            "l2_cache": image.l2.statistics(),
+            "refcount_cache": image.refcounts.blocks.statistics(),
+            "written_back": dict(image.written_back),
+            "allocated_clusters": image.refcounts.allocated,
+            "freed_clusters": image.refcounts.freed,
+            "quarantine": len(image.quarantine),
+            "locks": image.locks.statistics(),
+            "compressed": self._reader.statistics(),
+            "flushes_begun": self._flushes,
+            "corrupt": image.broken is not None,
         }
 
 

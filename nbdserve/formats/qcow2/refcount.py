@@ -70,6 +70,8 @@ class Refcounts:
         free is discarded in the file too."""
         self.table = table
         self.moved_from: list[tuple[int, int]] = []  # (host offset, nb_clusters) of former tables
+        self.allocated = 0  # clusters since the image was opened, those of metadata too
+        self.freed = 0
         self.blocks: TableCache  # set by the node: the cache loads through this object
         self._file = file
         self._geometry = geometry
@@ -120,6 +122,7 @@ class Refcounts:
         block = self.blocks.peek(clusters.first >> self._geometry.block_bits)
         assert block is not None
         index = clusters.first & (self._geometry.block_entries - 1)
+        self.allocated -= clusters.count
         for number in range(clusters.count):
             block.set(index + number, 0)
         if clusters.first + clusters.count == self._end and clusters.zeroed:
@@ -137,6 +140,7 @@ class Refcounts:
             self._metadata.assert_free(first + taken)
             block.set(index + taken, 1)
             taken += 1
+        self.allocated += taken
         self._consume(max(taken, 1), at_end)
         return Clusters(first, taken, at_end and self._end_is_zero) if taken else None
 
@@ -167,6 +171,7 @@ class Refcounts:
         """A new block for `index`, placed in `cluster`."""
         geometry = self._geometry
         self._metadata.assert_free(cluster)
+        self.allocated += 1
         self.blocks.make_room()  # nothing is loaded in a file that only grows
         block = Table(
             empty_refcounts(geometry.block_entries, geometry.refcount_bits),
@@ -206,6 +211,7 @@ class Refcounts:
         entries.extend([0] * (nb_clusters * geometry.l2_entries - len(entries)))
         self.table = Table(entries, host_offset, fresh=True)
         self.moved_from.append((old.host_offset, geometry.clusters(old.nb_bytes)))
+        self.allocated += nb_clusters
         for cluster in range(start, start + nb_clusters):
             self._metadata.assert_free(cluster)
             self._metadata.add(cluster << geometry.cluster_bits)
@@ -281,6 +287,7 @@ class Refcounts:
         for cluster, count in times.items():
             block.set(cluster - low, max(block.entries[cluster - low] - count, 0))
         for first, count in freed:
+            self.freed += count
             for cluster in range(first, first + count):
                 self._metadata.discard(cluster << geometry.cluster_bits)
             # What lies in a block not searched yet will be found by the search.
