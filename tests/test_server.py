@@ -349,10 +349,10 @@ async def test_asked_while_the_image_is_opened_nothing_happens(folder, world, mo
     inner = server.open_backend
 
     @contextlib.asynccontextmanager
-    async def open_slowly(config):
+    async def open_slowly(*config):
         os.kill(os.getpid(), signal.SIGUSR1)
         await trio.testing.wait_all_tasks_blocked()
-        async with inner(config) as backend:
+        async with inner(*config) as backend:
             yield backend
 
     monkeypatch.setattr(server, "open_backend", open_slowly)

@@ -43,7 +43,7 @@ async def test_with_nothing_to_flush_the_answer_is_inline(leaf, structured):
         for _ in range(3):
             assert (await client.ask(client.request(FLUSH))).error == 0
         assert leaf.calls == []
-        assert world.backend.requests["flush"] == 3
+        assert world.backend.statistics()["requests"]["flush_operations"] == 3
 
 
 @both_replies
