@@ -3,6 +3,8 @@ refused, and what backing file names make of them."""
 
 import errno
 import json
+import pathlib
+import tempfile
 
 import pytest
 import trio
@@ -10,7 +12,14 @@ import trio
 from fakes import no_descriptor_left
 from nbdserve import opener
 from nbdserve.blockdev import parse_node
-from nbdserve.config import CACHE_MODES, ImageConfig, RateLimit, ThrottleConfig, ThrottleLimits
+from nbdserve.config import (
+    CACHE_AUTO,
+    CACHE_MODES,
+    ImageConfig,
+    RateLimit,
+    ThrottleConfig,
+    ThrottleLimits,
+)
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.locks import Permission
@@ -648,3 +657,63 @@ async def test_names_can_make_a_tree_only_so_large(monkeypatch):
     with no_descriptor_left(), pytest.raises(ImageError, match="more than 50 nodes in all"):
         async with open_backend(ImageConfig("2")):
             pytest.fail("it was opened")
+
+
+# --- --cache=auto ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_memory():
+    """A folder in memory, where there is no O_DIRECT."""
+    try:
+        folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+    except OSError:
+        pytest.skip("no /dev/shm here")
+    with folder as name:
+        yield pathlib.Path(name)
+
+
+def files_of(backend):
+    return [node for _, node in backend._nodes() if isinstance(node, FileNode)]
+
+
+async def test_auto_is_o_direct_where_all_files_have_it(overlay, caplog):
+    config = ImageConfig(str(overlay), format="qcow2", cache=CACHE_AUTO)
+    with shared_by_drives() as shared:
+        if shared.engines.get(None, direct=True).name != "io_uring":
+            pytest.skip("no io_uring here")
+        async with open_backend(config, shared) as backend:
+            assert [type(file) for file in files_of(backend)] == [DirectFileNode] * 2
+            assert [engine.name for engine in backend.engines] == ["io_uring"]
+    [record] = caplog.records
+    assert "--cache=auto: none" in record.getMessage()
+
+
+async def test_auto_is_writeback_where_one_file_has_no_o_direct(in_memory, caplog):
+    base = in_memory / "base.img"
+    base.write_bytes(b"raw!" * (MIB // 4))
+    create_image("top.qcow2", MIB, backing_file=str(base), backing_format="raw")
+    async with open_backend(ImageConfig("top.qcow2", cache=CACHE_AUTO)) as backend:
+        assert [type(file) for file in files_of(backend)] == [FileNode] * 2
+        assert backend.write_cache
+        await backend.write(0, b"written")
+    [record] = caplog.records
+    assert "--cache=auto: writeback" in record.getMessage()
+    assert str(base) in record.getMessage()
+
+
+async def test_auto_is_writeback_without_io_uring(image, caplog, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(errno.EPERM, "not allowed")
+
+    monkeypatch.setattr("nbdserve.engines.io_uring.IoUringEngine.__init__", forbidden)
+    async with open_backend(ImageConfig(str(image), cache=CACHE_AUTO)) as backend:
+        assert [type(file) for file in files_of(backend)] == [FileNode]
+    assert "--cache=auto: writeback" in caplog.messages[-1]
+
+
+async def test_what_is_wrong_with_an_image_auto_does_not_hide(image):
+    image.write_bytes(b"QFI\xfb" + bytes(200))
+    with pytest.raises(ImageError):
+        async with open_backend(ImageConfig(str(image), format="qcow2", cache=CACHE_AUTO)):
+            pass
