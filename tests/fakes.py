@@ -7,7 +7,7 @@ synchronous way.  Nothing here is a model of a disk: tests/memory_leaf.py is tha
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -63,6 +63,12 @@ class FakeNode(Node):
         length = min(length, self.extents - offset % self.extents)
         hole = offset // self.extents % 2 == 1
         return [Extent(length, data=not hole, zero=hole)]
+
+    def flush_nowait(self) -> bool:
+        return False
+
+    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+        return False
 
     async def flush_to_os(self) -> None:
         await self._do("flush_to_os")

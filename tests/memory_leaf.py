@@ -1,10 +1,12 @@
 """A leaf in memory whose behaviour a test decides, request by request.
 
 It stores bytes and holes (blocks of `BLOCK` bytes that resolve to no leaf and read as zeroes), and
-has four switches, all off at first:
+has some switches, all off at first:
 
 * `would_block`: the synchronous way always says that it would have to wait;
 * `miss`: what `resolve` answers instead of runs;
+* `queues`: flushes may be submitted; `fua`: writes with FUA; `flushed`: there is nothing to flush,
+  which cannot be done any more once `failed` is set;
 * `fail_at(n, errno)`: the nth operation from now raises OSError, on whichever way it comes;
 * `hold()`: what takes the asynchronous way is stuck until `release()`.
 
@@ -39,6 +41,9 @@ class MemoryLeaf(Leaf):
         self.calls: list[tuple[str, int, int]] = []
         self.would_block = False
         self.miss: Miss | None = None
+        self.queues = False
+        self.flushed = False
+        self.failed: OSError | None = None
         self.waiting = 0
         self._failures: dict[int, int] = {}  # operations left until then -> errno
         self._stuck: list[trio.Event] | None = None
@@ -74,7 +79,9 @@ class MemoryLeaf(Leaf):
     def resolve(self, op: Op, offset: int, length: int) -> Resolution:
         if self.miss is not None:
             return self.miss
-        if op is Op.WRITE:
+        if op is Op.WRITE_FUA and not self.fua:
+            return Miss.NEEDS_FLUSH
+        if op is not Op.READ:
             self.holes.difference_update(_blocks(offset, length))
             return [(self, offset, length)]
         return [
@@ -99,13 +106,33 @@ class MemoryLeaf(Leaf):
     def submit_read(
         self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
     ) -> None:
+        def read() -> None:
+            self._count("submit_read", offset, len(buffer))
+            buffer[:] = self.data[offset : offset + len(buffer)]
+
+        self._queue(read, done)
+
+    def submit_write(
+        self,
+        offset: int,
+        data: Buffer,
+        done: Callable[[OSError | None], None],
+        *,
+        fua: bool = False,
+    ) -> None:
+        def write() -> None:
+            self._count("submit_write" + "+fua" * fua, offset, len(data))
+            self._store(offset, data)
+
+        self._queue(write, done)
+
+    def _queue(self, action: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
         def complete() -> None:
             try:
-                self._count("submit_read", offset, len(buffer))
+                action()
             except OSError as error:
                 done(error)
             else:
-                buffer[:] = self.data[offset : offset + len(buffer)]
                 done(None)
 
         if self._stuck is None:
@@ -146,6 +173,17 @@ class MemoryLeaf(Leaf):
             Extent(nb_bytes, data=not is_hole, zero=is_hole)
             for is_hole, _, nb_bytes in self._pieces(offset, length)
         ]
+
+    def flush_nowait(self) -> bool:
+        if self.failed is not None:
+            raise self.failed
+        return self.flushed
+
+    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+        if not self.queues:
+            return False
+        self._queue(lambda: self._count("submit_flush", 0, 0), done)
+        return True
 
     async def flush_to_disk(self) -> None:
         await self._wait()

@@ -31,7 +31,7 @@ from nbdserve.formats.qcow2.create import create_image
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 Buffer = bytes | bytearray | memoryview
 
@@ -62,15 +62,18 @@ class MemoryFile(Leaf):
     `patience`: requests wait up to that many times before and after they take effect, and the
     synchronous ways refuse now and then; 0: everything happens at once. `fail`, if set, is called
     with the kind and offset of each request and may raise what the request then fails with;
-    nothing of it has happened then. `holds` keeps requests of a kind until its event is set.
+    nothing of it has happened then. `durable`: (length of the log when a write with FUA ended, its
+    place in the log). `holds` keeps requests of a kind until its event is set.
     """
 
     is_device = False
+    fua = True
 
     def __init__(self, content: bytes, *, patience: int = 0, seed: int = 0) -> None:
         super().__init__("memory", -(-len(content) // 512) * 512, read_only=False)
         self.content = bytearray(content)
         self.log: list[Entry] = []
+        self.durable: list[tuple[int, int]] = []
         self.fail: Callable[[str, int], None] | None = None
         self.holds: dict[str, trio.Event] = {}
         self._patience = patience
@@ -102,14 +105,14 @@ class MemoryFile(Leaf):
         with trio.CancelScope(shield=True):
             await self._wait()
 
-    def _put(self, offset: int, data: bytes) -> None:
+    def _put(self, offset: int, data: bytes, *, fua: bool = False) -> None:
         end = offset + len(data)
         if end > len(self.content):
             self.content.extend(bytes(end - len(self.content)))
             self.size = -(-end // 512) * 512
         self.content[offset:end] = data
         self.log.append(Entry(offset, data))
-        self.generation.written += 1
+        self.generation.written += not fua
 
     def _get(self, offset: int, buffer: memoryview) -> None:
         piece = self.content[offset : offset + len(buffer)]
@@ -135,15 +138,18 @@ class MemoryFile(Leaf):
     def submit_read(
         self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
     ) -> None:
-        async def reaper() -> None:
-            try:
-                await self.read(offset, buffer)
-            except OSError as error:
-                done(error)
-            else:
-                done(None)
+        trio.lowlevel.spawn_system_task(reap, done, self.read, offset, buffer)
 
-        trio.lowlevel.spawn_system_task(reaper)
+    def submit_write(
+        self,
+        offset: int,
+        data: Buffer,
+        done: Callable[[OSError | None], None],
+        *,
+        fua: bool = False,
+    ) -> None:
+        write = self.write_fua if fua else self.write
+        trio.lowlevel.spawn_system_task(reap, done, write, offset, data)
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         await self._begin("read", offset)
@@ -158,6 +164,15 @@ class MemoryFile(Leaf):
         self._put(offset, b"".join(data))
         await self._end()
 
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        self.generation.check()
+        await self._begin("write", offset)
+        number = len(self.log)
+        self._put(offset, bytes(data), fua=True)
+        await self._end()
+        self.durable.append((len(self.log), number))
+        return True
+
     async def discard(self, offset: int, length: int) -> None:
         await self._begin("discard", offset)
         self._put(offset, bytes(min(length, max(0, len(self.content) - offset))))
@@ -168,14 +183,28 @@ class MemoryFile(Leaf):
         piece = self.content[offset : offset + length]
         return [Extent(length, data=True, zero=not any(piece))]
 
-    async def flush_to_disk(self) -> None:
-        await self.generation.flush(self._sync)
+    def submit_sync(self, done: Callable[[OSError | None], None]) -> None:
+        trio.lowlevel.spawn_system_task(reap, done, self._sync)
 
     async def _sync(self) -> None:
         begun = len(self.log)
         await self._begin("flush", 0)
         self.log.append(Entry(begun, None))
         await self._end()
+
+
+async def reap(
+    done: Callable[[OSError | None], None],
+    function: Callable[..., Awaitable[object]],
+    *args: object,
+) -> None:
+    """Call `done` when the coroutine has ended."""
+    try:
+        await function(*args)
+    except OSError as error:
+        done(error)
+    else:
+        done(None)
 
 
 @contextlib.asynccontextmanager
@@ -326,8 +355,10 @@ def differences(one: Buffer, other: Buffer, step: int = 4096) -> list[int]:
     return found
 
 
-async def submit(backend: BlockBackend, offset: int, buffer: memoryview) -> bool:
-    """Read by `submit_read`; whether it took it."""
+async def submit(
+    submit: Callable[..., bool], offset: int, buffer: Buffer, **options: bool
+) -> bool:
+    """Read or write by `submit_read` or `submit_write`; whether it took it."""
     done = trio.Event()
     errors: list[OSError | None] = []
 
@@ -335,7 +366,7 @@ async def submit(backend: BlockBackend, offset: int, buffer: memoryview) -> bool
         errors.append(error)
         done.set()
 
-    if not backend.submit_read(offset, buffer, completed):
+    if not submit(offset, buffer, completed, **options):
         return False
     with trio.CancelScope(shield=True):
         await done.wait()
@@ -349,14 +380,18 @@ async def perform(backend: BlockBackend, request: Request) -> bytearray | list[E
     offset, length = request.offset, request.length
     match request.kind:
         case "write":
-            if not request.quick or backend.write_nowait(offset, request.data) is not None:
-                await backend.write(offset, request.data, fua=request.flag)
+            if request.flag:
+                write = backend.submit_write
+                if not (request.quick and await submit(write, offset, request.data, fua=True)):
+                    await backend.write(offset, request.data, fua=True)
+            elif not request.quick or backend.write_nowait(offset, request.data) is not None:
+                await backend.write(offset, request.data)
         case "read":
             data = bytearray(length)
             view = memoryview(data)
             if request.quick and backend.read_nowait(offset, view) is None:
                 return data
-            if not (request.flag and await submit(backend, offset, view)):
+            if not (request.flag and await submit(backend.submit_read, offset, view)):
                 await backend.read(offset, view)
             return data
         case "zero":

@@ -49,7 +49,8 @@ _CALL = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+|\?)(
 _UNFINISHED = " <unfinished ...>"
 
 _IOCB = re.compile(
-    r"aio_data=(?P<tag>\w+), aio_lio_opcode=IOCB_CMD_(?P<name>\w+), aio_fildes=(?P<fd>\d+)"
+    r"aio_data=(?P<tag>\w+), (aio_rw_flags=(?P<flags>\S+), )?"
+    r"aio_lio_opcode=IOCB_CMD_(?P<name>\w+), aio_fildes=(?P<fd>\d+)"
     r"(?P<rest>.*?)(?=\{aio_data|$)"
 )
 _IOCB_OFFSET = re.compile(r"aio_offset=(\d+)")
@@ -209,7 +210,7 @@ class _Reader:
                     offset = _IOCB_OFFSET.search(iocb["rest"])
                     access = Access(
                         _IOCB_KINDS[iocb["name"]], int(offset[1]) if offset else 0,
-                        dsync="RWF_DSYNC" in iocb["rest"], begin=call.begin,
+                        dsync="RWF_DSYNC" in (iocb["flags"] or ""), begin=call.begin,
                     )  # fmt: skip
                     self._in_flight[int(iocb["tag"], 16)] = int(iocb["fd"]), access
             case "io_getevents":

@@ -99,6 +99,16 @@ def test_requests_of_linux_aio():
                      Access(Kind.WRITE, 512, 4, True, False, 1, 2)]  # fmt: skip
 
 
+def test_a_durable_request_of_linux_aio():
+    found = of(
+        "7 io_submit(0x7f, 1, [{aio_data=0x1, aio_rw_flags=RWF_DSYNC,"
+        " aio_lio_opcode=IOCB_CMD_PWRITE, aio_fildes=5</disk>, aio_buf=\"data\", aio_nbytes=4,"
+        " aio_offset=512}]) = 1\n"
+        "7 io_getevents(0x7f, 0, 128, [{data=0x1, obj=0x56, res=4, res2=0}], NULL) = 1\n"
+    )
+    assert found == [Access(Kind.WRITE, 512, 4, True, True, 1, 2)]
+
+
 def test_requests_in_a_ring():
     found = of(
         "7 io_uring_enter(8<anon_inode:[io_uring]>, 2, 0, 0, NULL, 8) = 2\n"

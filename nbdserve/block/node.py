@@ -12,6 +12,10 @@ Offsets and lengths are in bytes, within `size`; callers have checked them (bloc
 once). I/O errors are OSError with the errno that the kernel gave.
 
 A flush walks the chain that `Node.flush` spells out; nodes override its steps, not the chain.
+
+FUA is passed down by who knows it to be legal: the synchronous way by resolving WRITE_FUA, the
+asynchronous one by `write_fua`. Where it is not, a write and the chain take its place, and that is
+the backend's to do.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdserve.block.flush import FlushGeneration
-from nbdserve.block.run import Miss, Op, Resolution
+from nbdserve.block.run import WRITE_FUA, Miss, Op, Resolution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    Done = Callable[[OSError | None], None]
 
 __all__ = ["MAX_INLINE", "Buffer", "Extent", "Leaf", "Node"]
 
@@ -46,7 +52,17 @@ class Extent(NamedTuple):
 
 
 class Node:
-    """A node with `children`; the defaults are those of a node that hides what lies below it."""
+    """A node with `children`; the defaults are those of a node that hides what lies below it.
+
+    `is_filter`: it has nothing of its own between those above and its `file`. `on_wait`: called by
+    a filter above everything else with 1 when a request begins to wait for nothing but time, and
+    with -1 when that ends. `driver`: its name in options and statistics. `node_name`: what the user
+    calls it; names that begin with # are ours (graph.py).
+    """
+
+    is_filter = False
+    driver = ""
+    node_name = ""
 
     def __init__(
         self, filename: str, size: int, *, read_only: bool, no_flush: bool = False
@@ -55,6 +71,7 @@ class Node:
         self.size = size
         self.read_only = read_only
         self.no_flush = no_flush
+        self.on_wait: Callable[[int], object] = lambda requests: None
 
     @property
     def children(self) -> Mapping[str, Node]:
@@ -88,6 +105,14 @@ class Node:
     async def write(self, offset: int, data: Buffer) -> None:
         """Write `data` at `offset`; durable only after a later flush."""
         raise OSError(1, f"{type(self).__name__} does not write")
+
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        """Write `data` at `offset`; whether it is durable now, with all that maps it.
+
+        False: it is written, and only a flush makes it durable.
+        """
+        await self.write(offset, data)
+        return False
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
         """As `write`, gathering several buffers into one request."""
@@ -128,6 +153,15 @@ class Node:
             if child is not None:
                 await child.flush()
 
+    def flush_nowait(self) -> bool:
+        """Flush if there is nothing to do for it; False: there is, or may be. Raises OSError."""
+        return False
+
+    def submit_flush(self, done: Done) -> bool:
+        """Flush without a task if a leaf's sync is all that is to do; `done` is called later, from
+        the engine's reaper. False: use `flush`. Ask `flush_nowait` first. Raises OSError."""
+        return False
+
     async def flush_to_os(self) -> None:
         """Write cached metadata to the file, each table after what it depends on."""
 
@@ -149,16 +183,23 @@ class Node:
 
 
 class Leaf(Node):
-    """A node that runs point to. Host offsets may lie past the end: that reads as zeroes."""
+    """A node that runs point to. Host offsets may lie past the end: that reads as zeroes.
+
+    `fua`: `submit_write` and `write_fua` can make a write durable.
+    """
+
+    fua = False
 
     def __init__(
         self, filename: str, size: int, *, read_only: bool, no_flush: bool = False
     ) -> None:
         super().__init__(filename, size, read_only=read_only, no_flush=no_flush)
-        self.generation = FlushGeneration()
+        self.generation = FlushGeneration(filename, self.submit_sync)
 
     def resolve(self, op: Op, offset: int, length: int) -> Resolution:
         """One run: a leaf maps to itself."""
+        if op is WRITE_FUA and not self.fua:
+            return Miss.NEEDS_FLUSH
         return [(self, offset, length)]
 
     def read_nowait(self, offset: int, buffer: memoryview) -> bool:
@@ -173,14 +214,27 @@ class Leaf(Node):
         """As `write_nowait`, gathering several buffers."""
         return False
 
-    def submit_read(
-        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
-    ) -> None:
+    def submit_read(self, offset: int, buffer: memoryview, done: Done) -> None:
         """Queue a read with the engine; `done` is called later, from the engine's reaper."""
         raise OSError(5, f"{type(self).__name__} does not read")
 
     def submit_write(
-        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
+        self, offset: int, data: Buffer, done: Done, *, fua: bool = False
     ) -> None:
-        """As `submit_read`, a write; `data` must stay as it is until then."""
+        """As `submit_read`, a write; `data` must stay as it is until then. `fua`: it is durable
+        when `done` is called without an error."""
         raise OSError(1, f"{type(self).__name__} does not write")
+
+    def submit_sync(self, done: Done) -> None:
+        """Sync what is stored here; `generation` sees to it that one runs at a time."""
+        raise OSError(22, f"{type(self).__name__} does not sync")
+
+    def flush_nowait(self) -> bool:
+        return self.no_flush or self.generation.flush_nowait()
+
+    def submit_flush(self, done: Done) -> bool:
+        self.generation.submit(done)
+        return True
+
+    async def flush_to_disk(self) -> None:
+        await self.generation.flush()

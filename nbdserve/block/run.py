@@ -17,18 +17,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbdserve.block.node import Leaf
 
-__all__ = ["READ", "WRITE", "Miss", "Op", "Resolution", "Run"]
+__all__ = ["READ", "WRITE", "WRITE_FUA", "Miss", "Op", "Resolution", "Run"]
 
 
 class Op(enum.Enum):
-    """What the caller is going to do with the runs."""
+    """What the caller is going to do with the runs.
+
+    WRITE_FUA: write them so that they are durable when done; with them the whole range must be,
+    whatever maps it included.
+    """
 
     READ = enum.auto()
     WRITE = enum.auto()
+    WRITE_FUA = enum.auto()
 
 
 READ = Op.READ
 WRITE = Op.WRITE
+WRITE_FUA = Op.WRITE_FUA
 
 
 class Miss(enum.Enum):
@@ -40,6 +46,7 @@ class Miss(enum.Enum):
     COMPRESSED = "the data is compressed"
     OPAQUE = "the node must see every byte"
     WOULD_BLOCK = "the data is not in the page cache"
+    NEEDS_FLUSH = "what maps the range may not be durable, so FUA takes a flush"
     THROTTLED = "the limits of a throttle do not allow it yet"
 
 

@@ -96,12 +96,17 @@ class ThrottledBackend(BlockBackend):
         return submitted
 
     def submit_write(
-        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
+        self,
+        offset: int,
+        data: Buffer,
+        done: Callable[[OSError | None], None],
+        *,
+        fua: bool = False,
     ) -> bool:
         """As `submit_read`."""
         if not self._admit_nowait(WRITE, len(data)):
             return False
-        submitted = super().submit_write(offset, data, done)
+        submitted = super().submit_write(offset, data, done, fua=fua)
         if not submitted:
             self._throttle.take_back(WRITE, len(data))
         return submitted

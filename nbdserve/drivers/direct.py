@@ -112,32 +112,46 @@ class DirectFileNode(FileNode):
 
     # --- writes --------------------------------------------------------------------------------
 
-    def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
-        _Write(self, offset, (data,), done).enter()
+    def submit_write(
+        self, offset: int, data: Buffer, done: Done, *, fua: bool = False
+    ) -> None:
+        if fua and not self.no_flush:
+            self._submit_fua(offset, data, done)
+        else:
+            _Write(self, offset, (data,), done).enter()
+
+    def _submit_dsync(self, offset: int, data: Buffer, done: Done) -> None:
+        _Write(self, offset, (data,), done, dsync=True).enter()
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
         data = [piece for piece in data if len(piece)]
         if data:
             await completion(lambda done: _Write(self, offset, data, done).enter())
 
-    def submit_blocks(self, offset: int, blocks: Buffer, done: Done) -> None:
+    def submit_blocks(self, offset: int, blocks: Buffer, done: Done, *, dsync: bool) -> None:
         """For _Write: whole blocks in aligned memory, whose turn it is."""
-        self._engine.submit_write(self.fd, (blocks,), offset, done)
+        fd = self.fd
+        if dsync:
+            assert self._dsync_fd is not None
+            fd = self._dsync_fd
+        self._engine.submit_write(fd, (blocks,), offset, done, dsync=dsync)
 
-    def submit_cached(self, offset: int, data: Sequence[Buffer], done: Done) -> None:
+    def submit_cached(
+        self, offset: int, data: Sequence[Buffer], done: Done, *, dsync: bool
+    ) -> None:
         """For _Write: past the rules of O_DIRECT, through the page cache."""
         if self._cached_fd is None:
-            self._cached_fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
-        self._engine.submit_write(self._cached_fd, data, offset, done)
+            self._cached_fd = self._reopen(0)
+        self._engine.submit_write(self._cached_fd, data, offset, done, dsync=dsync)
 
     def submit_old(self, start: int, blocks: memoryview, done: Done) -> None:
         """For _Write: what blocks hold before they are changed."""
         self._rewritten += 1
         self._engine.submit_read(self.fd, blocks, start, done)
 
-    def wrote(self, end: int) -> None:
-        """For _Write: data was written up to here."""
-        self._wrote(end)
+    def wrote(self, end: int, *, durable: bool) -> None:
+        """For _Write, while it is still its turn: data was written up to here."""
+        self._wrote(end, durable=durable)
 
     @asynccontextmanager
     async def _turn(self, offset: int, length: int) -> AsyncIterator[None]:
@@ -184,8 +198,8 @@ WHOLE_FILE = 1 << 64
 class _Write:
     """One write on its way: wait for its turn, read what it covers in part, write, leave."""
 
-    __slots__ = ("_data", "_done", "_end", "_error", "_node", "_offset", "_reads", "_slot",
-                 "_start", "_stop", "_token")  # fmt: skip
+    __slots__ = ("_data", "_done", "_dsync", "_end", "_error", "_node", "_offset", "_reads",
+                 "_slot", "_start", "_stop", "_token")  # fmt: skip
 
     def __init__(
         self,
@@ -193,10 +207,13 @@ class _Write:
         offset: int,
         data: Sequence[Buffer],
         done: Callable[[OSError | None], None],
+        *,
+        dsync: bool = False,
     ) -> None:
         self._node = node
         self._data = data
         self._done = done
+        self._dsync = dsync
         self._offset = offset
         self._end = offset + sum(map(len, data))
         self._start = align_down(offset, node.alignment.request)
@@ -236,7 +253,9 @@ class _Write:
     def _write(self) -> None:
         """Whole blocks."""
         if len(self._data) == 1 and self._node.is_aligned(self._data[0]):
-            self._node.submit_blocks(self._offset, self._data[0], self._written)
+            self._node.submit_blocks(
+                self._offset, self._data[0], self._written, dsync=self._dsync
+            )
         else:
             self._merge(self._node.buffers.take(self._stop - self._start))
 
@@ -244,7 +263,7 @@ class _Write:
         """Parts of blocks: get the rest of the first and last."""
         node, block = self._node, self._node.alignment.request
         if self._passes_end():
-            node.submit_cached(self._offset, self._data, self._written)
+            node.submit_cached(self._offset, self._data, self._written, dsync=self._dsync)
             return
         self._slot = node.buffers.take(self._stop - self._start)
         last = self._stop - block - self._start
@@ -275,14 +294,15 @@ class _Write:
         for piece in self._data:
             slot[place : place + len(piece)] = piece
             place += len(piece)
-        self._node.submit_blocks(self._start, slot[: self._stop - self._start], self._written)
+        blocks = slot[: self._stop - self._start]
+        self._node.submit_blocks(self._start, blocks, self._written, dsync=self._dsync)
 
     def _written(self, error: OSError | None) -> None:
         node = self._node
         if self._slot is not None:
             node.buffers.give(self._slot)
         if error is None:
-            node.wrote(self._end)
+            node.wrote(self._end, durable=self._dsync)
         assert self._token is not None  # no completion comes from inside a submission
         node.gate.leave(self._token)
         self._done(error)

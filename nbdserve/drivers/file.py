@@ -5,6 +5,12 @@ wait goes to the engine. Reads ask with RWF_NOWAIT and get EAGAIN instead of wai
 inline too, into the page cache, because a hop costs more than the copy; see `write_nowait` for
 the limit of that. With O_DIRECT there is no page cache: drivers/direct.py.
 
+A write with FUA is one with RWF_DSYNC: it waits for its own data and for what of the file's
+metadata leads to it (its length, where its blocks are), and for nothing else that is dirty. The
+kernel tells of an earlier write that it could not write back once to each open file description
+(errseq_t), by the next sync of whatever kind. So these writes have a description of their own:
+what they are told is told the next flush all the same.
+
 Past the end of the file everything reads as zeroes. The end (`length`) moves only by our own
 writes: the image locks keep others away.
 
@@ -15,6 +21,7 @@ raw_co_pwrite_zeroes, raw_co_block_status.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,6 +49,9 @@ SECTOR = 512
 # How a file system says that it cannot do that here: at all, or (EINVAL) not to this range.
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
 
+# What these errors say of RWF_DSYNC: not here. (Every file system of a kernel since 4.7 has it.)
+NO_DSYNC = frozenset({errno.EOPNOTSUPP})
+
 # Pieces in one block status answer: enough for the client's, and a file of a million holes shall
 # not keep the interpreter busy for a second.
 MAX_PIECES = 1024
@@ -49,6 +59,9 @@ MAX_PIECES = 1024
 
 class FileNode(Leaf):
     """An open file; `length` is its length in bytes, `size` the same in whole sectors."""
+
+    driver = "file"
+    fua = True
 
     def __init__(
         self,
@@ -74,6 +87,8 @@ class FileNode(Leaf):
         self._nowait = RWF_NOWAIT
         self._zero_modes = {True: True, False: True}  # may_unmap -> the file system can do it
         self._would_block = 0
+        self._dsync_fd: int | None = None
+        self._has_dsync = True
 
     def lock(self, permissions: Permission, shared: Permission) -> None:
         """Take the image lock. Raises ImageError, LockedError.
@@ -138,8 +153,9 @@ class FileNode(Leaf):
         self._wrote(offset + length)
         return True
 
-    def _wrote(self, end: int) -> None:
-        self.generation.written += 1
+    def _wrote(self, end: int, *, durable: bool = False) -> None:
+        if not durable:
+            self.generation.written += 1
         if end > self.length:
             self.length = end
             self.size = align_up(end, SECTOR)
@@ -149,7 +165,9 @@ class FileNode(Leaf):
     def submit_read(self, offset: int, buffer: memoryview, done: Done) -> None:
         self._engine.submit_read(self.fd, buffer, offset, done)
 
-    def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
+    def submit_write(
+        self, offset: int, data: Buffer, done: Done, *, fua: bool = False
+    ) -> None:
         end = offset + len(data)
 
         def completed(error: OSError | None) -> None:
@@ -157,7 +175,60 @@ class FileNode(Leaf):
                 self._wrote(end)
             done(error)
 
-        self._engine.submit_write(self.fd, (data,), offset, completed)
+        if fua and not self.no_flush:
+            self._submit_fua(offset, data, done)
+        else:
+            self._engine.submit_write(self.fd, (data,), offset, completed)
+
+    def _submit_fua(self, offset: int, data: Buffer, done: Done) -> None:
+        self.generation.check()
+        if not self._open_dsync():
+            self._submit_and_sync(offset, data, done)
+            return
+
+        def completed(error: OSError | None) -> None:
+            if error is None:
+                self._wrote(offset + len(data), durable=True)
+            elif error.errno in NO_DSYNC:
+                self._has_dsync = False
+                self._submit_and_sync(offset, data, done)
+                return
+            else:
+                self.generation.written += 1  # perhaps a part of it, which a flush must find
+            done(error)
+
+        self._submit_dsync(offset, data, completed)
+
+    def _submit_dsync(self, offset: int, data: Buffer, done: Done) -> None:
+        assert self._dsync_fd is not None
+        self._engine.submit_write(self._dsync_fd, (data,), offset, done, dsync=True)
+
+    def _submit_and_sync(self, offset: int, data: Buffer, done: Done) -> None:
+        """Where there is no RWF_DSYNC."""
+
+        def written(error: OSError | None) -> None:
+            if error is None:
+                try:
+                    self.generation.submit(done)
+                except OSError as failure:
+                    error = failure
+            if error is not None:
+                done(error)
+
+        self.submit_write(offset, data, written)
+
+    def _open_dsync(self) -> bool:
+        """Whether there is a description for RWF_DSYNC; without /proc there is none."""
+        if self._dsync_fd is None and self._has_dsync:
+            try:
+                self._dsync_fd = self._reopen(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT)
+            except OSError:
+                self._has_dsync = False
+        return self._has_dsync
+
+    def _reopen(self, flags: int) -> int:
+        """Another description of the same file, for reading and writing."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC | flags)
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         if len(buffer):
@@ -165,6 +236,11 @@ class FileNode(Leaf):
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self.writev(offset, (data,))
+
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        if len(data):
+            await completion(partial(self.submit_write, offset, data, fua=True))
+        return True
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
         data = [piece for piece in data if len(piece)]
@@ -234,17 +310,16 @@ class FileNode(Leaf):
             return [Extent(length, data=True, zero=False)]
         return await self._engine.run(seek_extents, self.fd, offset, length)
 
-    async def flush_to_disk(self) -> None:
-        await self.generation.flush(self._fdatasync)
-
-    async def _fdatasync(self) -> None:
-        await completion(partial(self._engine.submit_fsync, self.fd))
+    def submit_sync(self, done: Done) -> None:
+        self._engine.submit_fsync(self.fd, done)
 
     async def close(self) -> None:
         """Flush what nobody flushed, as bdrv_close does, and let go of the file."""
         try:
             await self.flush()
         finally:
+            if self._dsync_fd is not None:
+                os.close(self._dsync_fd)
             try:
                 self._lock.release()
             finally:

@@ -12,12 +12,19 @@ while nothing is serialising that is one dictionary entry.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["WriteGate"]
+__all__ = ["GateStatistics", "WriteGate"]
+
+
+class GateStatistics(NamedTuple):
+    """Writes that are in flight or waiting, and of these those that wait for their turn."""
+
+    entered: int
+    waiting: int
 
 
 class _Waiting:
@@ -79,6 +86,6 @@ class WriteGate:
         for waiting in [self._waiting.pop(number) for number in free]:
             waiting.go()
 
-    def statistics(self) -> tuple[int, int]:
-        """(writes in flight or waiting, of these waiting)."""
-        return len(self._entries), len(self._waiting)
+    def statistics(self) -> GateStatistics:
+        """As it is now."""
+        return GateStatistics(len(self._entries), len(self._waiting))

@@ -17,9 +17,11 @@ from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from nbdserve.engines.engine import Engine
 
-__all__ = ["start_engine"]
+__all__ = ["Engines", "start_engine"]
 
 log = logging.getLogger("nbdserve.engines")
 
@@ -65,3 +67,33 @@ def _start_native(direct: bool) -> Engine:
     except OSError as error:
         reason = f"Linux AIO cannot be used here: {error.strerror}"
         raise ConfigError(f"--aio=native: {reason}", error.errno) from None
+
+
+class Engines:
+    """The engines of a process, each kind started once, when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._started: dict[str | None, Engine] = {}
+
+    def get(self, aio: str | None, *, direct: bool) -> Engine:
+        """As `start_engine`. Files that ask for the same share it."""
+        kind = aio or ("io_uring" if direct else "threads")
+        # Without O_DIRECT native is refused, whoever may have started it.
+        if kind not in self._started or (kind == "native" and not direct):
+            engine = start_engine(aio, direct=direct)
+            # io_uring may have become threads, which may run already.
+            same = next((one for one in self if one.name == engine.name), engine)
+            if same is not engine:
+                engine.close()
+            self._started[kind] = same
+        return self._started[kind]
+
+    def __iter__(self) -> Iterator[Engine]:
+        """Those that run, each once."""
+        return iter(dict.fromkeys(self._started.values()))
+
+    def close(self) -> None:
+        """Nothing may be in flight."""
+        for engine in self:
+            engine.close()
+        self._started.clear()

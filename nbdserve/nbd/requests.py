@@ -13,10 +13,11 @@ it does not depend on how the bytes were split which requests are seen.
 from __future__ import annotations
 
 from nbdserve.nbd.export import MAXIMUM_PAYLOAD
-from nbdserve.nbd.proto import REQUEST_MAGIC, Command
+from nbdserve.nbd.proto import REQUEST_MAGIC, Command, CommandFlag
 from nbdserve.nbd.wire import REQUEST_HEAD
 
 __all__ = [
+    "FUA_WRITE",
     "PLAIN_READ",
     "PLAIN_WRITE",
     "ProtocolError",
@@ -34,6 +35,7 @@ number: what is done most, a READ or WRITE without flags, is recognized by one c
 
 PLAIN_READ = REQUEST_MAGIC << 32
 PLAIN_WRITE = PLAIN_READ | int(Command.WRITE)
+FUA_WRITE = PLAIN_WRITE | int(CommandFlag.FUA) << 16
 
 # Large enough for some 256 KiB writes on the way, small enough to stay in the processor's cache.
 CAPACITY = 1 << 20

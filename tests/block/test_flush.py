@@ -1,4 +1,4 @@
-"""Flush generations: how many flushes run, for whom, and what a failure means."""
+"""Flush generations: how many syncs run, for whom, and what a failure means."""
 
 import errno
 
@@ -6,30 +6,31 @@ import pytest
 import trio
 import trio.testing
 
-from nbdserve.block.flush import FlushGeneration
+from nbdserve.block.flush import FlushFailed, FlushGeneration
 
 
 class Disk:
-    """Something to flush: counts, and lets a test hold each flush."""
+    """Something to sync: counts, and lets a test end each sync (`hold`, then `end`)."""
 
     def __init__(self):
         self.started = 0
-        self.running = 0
-        self.gate = None
         self.error = None
+        self._held = None
+        self._done = None
 
-    async def flush(self):
+    def sync(self, done):
+        assert self._done is None, "two syncs at a time"
         self.started += 1
-        self.running += 1
-        assert self.running == 1, "two flushes at a time"
-        try:
-            if self.gate is not None:
-                await self.gate.wait()
-            await trio.lowlevel.checkpoint()
-            if self.error is not None:
-                raise self.error
-        finally:
-            self.running -= 1
+        self._done = done
+        if self._held is None:
+            trio.lowlevel.current_trio_token().run_sync_soon(self.end)
+
+    def hold(self):
+        self._held = True
+
+    def end(self):
+        done, self._done = self._done, None
+        done(self.error)
 
 
 @pytest.fixture
@@ -37,153 +38,174 @@ def disk():
     return Disk()
 
 
-async def test_with_nothing_written_it_costs_nothing(disk):
-    generation = FlushGeneration()
-    await generation.flush(disk.flush)
+@pytest.fixture
+def generation(disk):
+    return FlushGeneration("disk.img", disk.sync)
+
+
+async def test_with_nothing_written_it_costs_nothing(disk, generation):
+    await generation.flush()
+    assert generation.flush_nowait() is True
     assert disk.started == 0
-    assert generation.statistics() == (1, 1, 0, False)
+    assert generation.statistics() == (2, 2, 0, 0, 0)
 
 
-async def test_what_was_flushed_is_not_flushed_again(disk):
-    generation = FlushGeneration()
+async def test_what_was_flushed_is_not_flushed_again(disk, generation):
     generation.written += 1
-    await generation.flush(disk.flush)
-    await generation.flush(disk.flush)
+    assert generation.flush_nowait() is False
+    await generation.flush()
+    await generation.flush()
+    assert generation.flush_nowait() is True
     assert disk.started == 1
-    assert generation.statistics() == (2, 1, 1, False)
+    assert generation.statistics() == (3, 2, 0, 1, 0)
 
 
-async def test_many_at_once_cost_one(disk):
-    generation = FlushGeneration()
+@pytest.mark.parametrize("way", ["tasks", "callbacks"])
+async def test_many_at_once_cost_one(disk, generation, nursery, way):
     generation.written += 1
-    async with trio.open_nursery() as nursery:
-        for _ in range(50):
-            nursery.start_soon(generation.flush, disk.flush)
+    disk.hold()
+    done = []
+    for _ in range(50):
+        if way == "tasks":
+            nursery.start_soon(flush_into, generation, done)
+        else:
+            generation.submit(done.append)
+    await trio.testing.wait_all_tasks_blocked()
+    assert done == []
+    disk.end()
+    await trio.testing.wait_all_tasks_blocked()
+    assert done == [None] * 50
     assert disk.started == 1
-    assert generation.statistics() == (50, 49, 1, False)
+    assert generation.statistics() == (50, 0, 49, 1, 0)
 
 
-async def test_at_most_one_runs_and_one_waits(disk):
-    """Fifty who come during a flush, each after a write of his own, share the next one."""
-    generation = FlushGeneration()
+async def flush_into(generation, done):
+    try:
+        await generation.flush()
+    except OSError as error:
+        done.append(error)
+    else:
+        done.append(None)
+
+
+async def test_at_most_one_runs_and_one_waits(disk, generation):
+    """Fifty who come during a sync, each after a write of his own, share the next one."""
+    disk.hold()
     generation.written += 1
-    disk.gate = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(generation.flush, disk.flush)
-        await trio.testing.wait_all_tasks_blocked()
-        for _ in range(50):
-            generation.written += 1
-            nursery.start_soon(generation.flush, disk.flush)
-            await trio.testing.wait_all_tasks_blocked()
-        assert disk.started == 1
-        disk.gate.set()
+    done = []
+    generation.submit(lambda error: done.append("first"))
+    for number in range(50):
+        generation.written += 1
+        generation.submit(lambda error, number=number: done.append(number))
+    assert disk.started == 1
+    disk.end()
+    assert (done, disk.started) == (["first"], 2)
+    disk.end()
+    assert done == ["first", *range(50)]
     assert disk.started == 2
     assert generation.flushed == generation.written == 51
+    assert generation.statistics() == (51, 0, 49, 2, 0)
 
 
-async def test_a_write_during_a_flush_is_not_covered_by_it(disk):
-    generation = FlushGeneration()
+async def test_a_write_during_a_sync_is_not_covered_by_it(disk, generation):
+    disk.hold()
     generation.written += 1
-    disk.gate = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(generation.flush, disk.flush)
-        await trio.testing.wait_all_tasks_blocked()
-        generation.written += 1
-        disk.gate.set()
-    await generation.flush(disk.flush)
+    done = []
+    generation.submit(done.append)
+    generation.written += 1
+    disk.end()
+    assert done == [None]
+    assert generation.flush_nowait() is False
+    generation.submit(done.append)
     assert disk.started == 2
 
 
-async def test_a_flush_whose_writes_are_covered_by_the_running_one_starts_no_other(disk):
-    generation = FlushGeneration()
+async def test_a_flush_whose_writes_are_covered_by_the_running_sync_starts_no_other(
+    disk, generation
+):
+    disk.hold()
     generation.written += 1
-    disk.gate = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(generation.flush, disk.flush)
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(generation.flush, disk.flush)
-        await trio.testing.wait_all_tasks_blocked()
-        generation.written += 1  # by somebody who does not flush
-        disk.gate.set()
+    done = []
+    generation.submit(done.append)
+    generation.submit(done.append)
+    generation.written += 1  # by somebody who does not flush
+    disk.end()
+    assert done == [None, None]
     assert disk.started == 1
 
 
-async def test_a_failure_is_for_good(disk):
-    generation = FlushGeneration()
+async def test_who_is_told_may_flush_again(disk, generation):
+    """A client whose flush was answered has its next write and flush here at once."""
+    disk.hold()
     generation.written += 1
-    disk.error = OSError(errno.EIO, "the disk is gone")
-    with pytest.raises(OSError, match="the disk is gone"):
-        await generation.flush(disk.flush)
-    disk.error = None
-    for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone") as caught:
-            await generation.flush(disk.flush)
-        assert caught.value.errno == errno.EIO
-    generation.written += 1
-    with pytest.raises(OSError, match="the disk is gone"):
-        await generation.flush(disk.flush)
-    assert disk.started == 1
-    assert generation.statistics() == (4, 0, 0, True)
-
-
-async def test_a_failure_reaches_all_who_wait(disk):
-    generation = FlushGeneration()
-    generation.written += 1
-    disk.error = OSError(errno.ENOSPC, "full")
-    disk.gate = trio.Event()
-    failed = []
-
-    async def flush():
-        try:
-            await generation.flush(disk.flush)
-        except OSError as error:
-            failed.append(error.errno)
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(10):
-            nursery.start_soon(flush)
-        await trio.testing.wait_all_tasks_blocked()
-        disk.gate.set()
-    assert failed == [errno.ENOSPC] * 10
-    assert disk.started == 1
-
-
-async def test_if_the_one_who_flushes_is_cancelled_another_goes_on(disk):
-    generation = FlushGeneration()
-    generation.written += 1
-    disk.gate = trio.Event()
     done = []
 
-    async def flush(name):
-        await generation.flush(disk.flush)
-        done.append(name)
+    def again(error):
+        done.append(error)
+        generation.written += 1
+        generation.submit(done.append)
 
-    async with trio.open_nursery() as nursery:
-        async with trio.open_nursery() as doomed:
-            doomed.start_soon(flush, "cancelled")
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(flush, "waiting")
-            await trio.testing.wait_all_tasks_blocked()
-            doomed.cancel_scope.cancel()
-        await trio.testing.wait_all_tasks_blocked()
-        assert disk.started == 2  # the waiting one's own
-        assert done == []
-        disk.gate.set()
-    assert done == ["waiting"]
-    assert generation.statistics() == (2, 0, 1, False)
+    generation.submit(again)
+    disk.end()
+    assert (len(done), disk.started) == (1, 2)
+    disk.end()
+    assert done == [None, None]
 
 
-async def test_a_waiter_that_is_cancelled_disturbs_nobody(disk):
-    generation = FlushGeneration()
+async def test_a_failure_is_for_good_and_the_log_says_so_once(disk, generation, caplog):
     generation.written += 1
-    disk.gate = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(generation.flush, disk.flush)
-        await trio.testing.wait_all_tasks_blocked()
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await generation.flush(disk.flush)
-        assert scope.cancelled_caught
-        disk.gate.set()
+    disk.error = OSError(errno.EIO, "the disk is gone")
+    with pytest.raises(FlushFailed, match=r"disk\.img: a flush failed: the disk is gone"):
+        await generation.flush()
+    disk.error = None
+    for attempt in (generation.flush_nowait, generation.check, lambda: generation.submit(print)):
+        with pytest.raises(FlushFailed, match="the disk is gone") as caught:
+            attempt()
+        assert caught.value.errno == errno.EIO
+    generation.written += 1
+    with pytest.raises(FlushFailed, match="the disk is gone"):
+        await generation.flush()
     assert disk.started == 1
-    assert generation.flushed == 1
+    assert generation.statistics().failed
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "disk.img: a flush failed (the disk is gone)" in record.getMessage()
+
+
+async def test_a_failure_reaches_all_who_wait(disk, generation, caplog):
+    disk.hold()
+    disk.error = OSError(errno.ENOSPC, "full")
+    generation.written += 1
+    failed = []
+    for _ in range(10):
+        generation.written += 1  # those after the first wait for the next sync
+        generation.submit(failed.append)
+    disk.end()
+    assert [error.errno for error in failed] == [errno.ENOSPC] * 10
+    assert len(set(map(id, failed))) == 10  # raised in ten tasks, each needs its own
+    assert disk.started == 1
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("cancelled", ["the first", "the second"])
+async def test_a_sync_goes_on_whoever_is_cancelled(disk, generation, nursery, cancelled):
+    disk.hold()
+    generation.written += 1
+    done = []
+    scopes = [trio.CancelScope(), trio.CancelScope()]
+
+    async def flush(scope):
+        with scope:
+            await flush_into(generation, done)
+
+    for scope in scopes:
+        nursery.start_soon(flush, scope)
+        await trio.testing.wait_all_tasks_blocked()
+    scopes[cancelled == "the second"].cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert done == []
+    disk.end()
+    await trio.testing.wait_all_tasks_blocked()
+    assert done == [None]
+    assert disk.started == 1
+    assert generation.flush_nowait() is True

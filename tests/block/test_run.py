@@ -1,10 +1,10 @@
 """The words of the hot path."""
 
-from nbdserve.block.run import READ, WRITE, Miss, Op
+from nbdserve.block.run import READ, WRITE, WRITE_FUA, Miss, Op
 
 
 def test_the_operations_are_the_members_of_op():
-    assert set(Op) == {READ, WRITE}
+    assert set(Op) == {READ, WRITE, WRITE_FUA}
 
 
 def test_every_miss_says_why_in_words_of_its_own():

@@ -8,12 +8,12 @@ page cache may do it. Of each such image is asked:
 * no cluster has fewer references counted than it has (qcow2_model.audit; `qemu-img check` is asked
   about some of them, so that our own eyes are checked too);
 * each byte of the disk is the flushed one, or one that a request wrote after that flush began;
+* each byte of a write with FUA that was acknowledged is there, or one that a later request wrote;
 * the image can be opened and written to again, and is then sound.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import random
@@ -26,7 +26,10 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 import peers
+from nbdserve.block.backend import BlockBackend
+from nbdserve.formats.qcow2.durability import Durability
 from nbdserve.formats.qcow2.node import CacheSizes
+from nbdserve.formats.qcow2.tables import Table
 from nbdserve.formats.raw import RawNode
 from qcow2_model import (
     COPIED,
@@ -39,6 +42,7 @@ from qcow2_model import (
     Request,
     assert_sound,
     audit,
+    differences,
     guest_bytes,
     new_image,
     open_memory,
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
 FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 CLUSTER = 512
+PER_TABLE = CLUSTER // 8 * CLUSTER  # guest bytes of an L2 table
 CUTS = 60  # of each program
 TABLE_FIELD = 48  # where the header says where the refcount table is
 
@@ -149,12 +154,15 @@ def programs(draw, size: int):
 class History(NamedTuple):
     """What happened. milestones: (length of the log, what a flush that had returned then made
     durable, from which batch on requests were not covered); effects: (length of the log before
-    the batch, what its requests write)."""
+    the batch, what its requests write). durable: as MemoryFile's. fua: (length of the log when a
+    write with FUA had been acknowledged, its batch, what it wrote)."""
 
     initial: bytes
     log: list[Entry]
     milestones: list[tuple[int, bytes, int]]
     effects: list[tuple[int, list[Effect]]]
+    durable: list[tuple[int, int]]
+    fua: list[tuple[int, int, Effect]]
 
 
 async def record(
@@ -166,6 +174,7 @@ async def record(
         disk = Disk(kind.content, CLUSTER, discards=kind.version == 3 or not kind.backing)
     milestones = [(0, bytes(disk.content), 0)]
     effects = []
+    fua = []
     async with open_memory(file, backing=backing, cache_sizes=kind.cache_sizes) as (backend, _):
         for number, batch in enumerate(program):
             before = bytes(disk.content)
@@ -174,18 +183,17 @@ async def record(
             await run_batch(backend, disk, batch)
             if any(request.kind == "flush" for request in batch):
                 milestones.append((len(file.log), before, number))
-            elif len(batch) == 1 and batch[0] == dataclasses.replace(
-                batch[0], kind="write", flag=True, quick=False
-            ):  # FUA
-                milestones.append((len(file.log), bytes(disk.content), number + 1))
+            elif len(batch) == 1 and batch[0].kind == "write" and batch[0].flag:
+                fua.append((len(file.log), number, found[0]))
     assert_sound(file.content)
-    return History(initial, file.log, milestones, effects)
+    return History(initial, file.log, milestones, effects, file.durable, fua)
 
 
 def cut(history: History, length: int, chooser: random.Random, chance: float) -> bytearray:
     """The file after the power was cut `length` entries into the log."""
     log = history.log[:length]
     durable = max((entry.offset for entry in log if entry.data is None), default=0)
+    durable_writes = {number for end, number in history.durable if end <= length}
     image = bytearray(history.initial)
     for number, (offset, data) in enumerate(log):
         if data is None:
@@ -193,7 +201,7 @@ def cut(history: History, length: int, chooser: random.Random, chance: float) ->
         at = 0
         while at < len(data):
             end = min(len(data), at + 512 - (offset + at) % 512)
-            if number < durable or chooser.random() < chance:
+            if number < durable or number in durable_writes or chooser.random() < chance:
                 if offset + end > len(image):
                     image.extend(bytes(offset + end - len(image)))
                 image[offset + at : offset + end] = data[at:end]
@@ -210,6 +218,9 @@ def assert_flushed_is_there(history: History, length: int, disk: bytes) -> None:
         for effect in effects
     ]
     assert len(disk) == len(flushed)
+    for end, number, effect in history.fua:
+        if end <= length:
+            assert_written_is_there(history, length, disk, number, effect)
     for start in range(0, len(disk), 64):
         piece = slice(start, start + 64)
         if disk[piece] == flushed[piece]:
@@ -223,6 +234,29 @@ def assert_flushed_is_there(history: History, length: int, disk: bytes) -> None:
             assert disk[at] in allowed, (
                 f"cut after {length}: byte {at:#x} is {disk[at]:#x}, not one of {sorted(allowed)}"
             )
+
+
+def assert_written_is_there(
+    history: History, length: int, disk: bytes, number: int, written: Effect
+) -> None:
+    """A write with FUA was acknowledged before the cut: its bytes are there, or later ones."""
+    later = [
+        effect
+        for start, effects in history.effects[number + 1 :]
+        if start < length
+        for effect in effects
+    ]
+    there = disk[written.offset : written.offset + len(written.data)]
+    for at in differences(there, written.data):
+        position = written.offset + at
+        allowed = {
+            effect.data[position - effect.offset]
+            for effect in later
+            if effect.offset <= position < effect.offset + len(effect.data)
+        }
+        assert there[at] in allowed, (
+            f"cut after {length}: byte {position:#x}, written with FUA, is {there[at]:#x}"
+        )
 
 
 def qemu_says_sound(image: bytes) -> bool:
@@ -379,3 +413,98 @@ def test_our_eyes_see_a_wrong_order(torn):
     image = cut(history._replace(log=chosen), len(chosen), random.Random(0), 1.0)
     with pytest.raises(AssertionError):
         assert_sound(image, leaks_allowed=True)
+
+
+# --- FUA passed down, and bugs in that ------------------------------------------------------------
+
+
+def fua_program(seed: int, nb_tables: int) -> list[list[Request]]:
+    """Half of the writes are durable ones; few flushes, and few clusters of each L2 table, so that
+    writes meet each other."""
+    chooser = random.Random(seed)
+    program = []
+    for number in range(30):
+        kind = chooser.choice(("write", "write", "write", "write", "write", "discard", "flush"))
+        offset = chooser.randrange(nb_tables) * PER_TABLE + chooser.randrange(3) * CLUSTER
+        request = Request(
+            kind,
+            offset,
+            chooser.choice((60, CLUSTER)),
+            number,
+            quick=chooser.random() < 0.7,
+            flag=chooser.random() < 0.5,
+        )
+        program.append([Request("flush") if kind == "flush" else request])
+    return program
+
+
+def assert_fua_is_durable(seed: int, tables: int | None, patience: int) -> int:
+    """Cut after each acknowledged FUA write; how many were passed down."""
+    size = 5 * PER_TABLE
+    kind = Kind(3, 16, size, 0, tables)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        content = new_image(folder, size, cluster_size=CLUSTER)
+    program = fua_program(seed, 5 if tables else 2)
+    history = trio.run(record, kind, content, program, patience)
+    chooser = random.Random(seed)
+    for end, _, _ in history.fua:
+        for chance in (0.0, 0.5):
+            image = cut(history, end, chooser, chance)
+            assert_sound(image, leaks_allowed=True)
+            assert_flushed_is_there(history, end, guest_bytes(image))
+    return len(history.durable)
+
+
+@pytest.mark.parametrize("tables", [1, None])
+@pytest.mark.parametrize("patience", [0, 3])
+def test_an_acknowledged_fua_write_survives(tables, patience):
+    passed_down = sum(assert_fua_is_durable(seed, tables, patience) for seed in range(30))
+    assert passed_down > 20
+
+
+def ignore_fua(monkeypatch):
+    write, submit = BlockBackend.write, BlockBackend.submit_write
+    monkeypatch.setattr(
+        BlockBackend, "write", lambda self, offset, data, fua=False: write(self, offset, data)
+    )
+    monkeypatch.setattr(
+        BlockBackend,
+        "submit_write",
+        lambda self, offset, data, done, fua=False: submit(self, offset, data, done),
+    )
+
+
+def never_flush_for_fua(monkeypatch):
+    async def nothing(self, fua):
+        pass
+
+    monkeypatch.setattr(BlockBackend, "_make_durable", nothing)
+
+
+def pass_down_on_dirty_tables(monkeypatch):
+    monkeypatch.setattr(Table, "is_written", lambda self, number: True)
+
+
+def pass_down_on_tables_that_were_only_written(monkeypatch):
+    monkeypatch.setattr(Durability, "table_written", lambda self, offset, nb_bytes: None)
+
+
+PLANTED = [
+    ignore_fua,
+    never_flush_for_fua,
+    pass_down_on_dirty_tables,
+    pass_down_on_tables_that_were_only_written,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_our_eyes_see_a_fua_write_that_is_not_durable(monkeypatch, plant):
+    plant(monkeypatch)
+
+    def look() -> None:
+        for seed in range(60):
+            for tables in (1, None):
+                assert_fua_is_durable(seed, tables, 3)
+
+    with pytest.raises(AssertionError, match="written with FUA"):
+        look()

@@ -9,6 +9,7 @@ import tempfile
 import pytest
 import trio
 
+from fakes import no_descriptor_left
 from nbdserve.block.buffers import BufferPool
 from nbdserve.drivers.alignment import Alignment, probe
 from nbdserve.drivers.open import open_file
@@ -181,7 +182,7 @@ async def test_a_write_that_fails_when_it_is_its_turn_says_so(tmp_path, open_dir
     node = open_direct(path)
     found = []
 
-    def none_left(offset, data, done):
+    def none_left(offset, data, done, dsync):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(node, "submit_cached", none_left)
@@ -257,3 +258,77 @@ def test_probing_finds_the_smallest_length(taken):
 
 def test_probing_a_file_that_is_too_short_tells_nothing():
     assert probe(0, lambda fd, buffers, offset: 100) == 4096
+
+
+# --- FUA -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handed_over(engine, monkeypatch):
+    """(what, descriptor, durable) of what the engine is given, reads left out."""
+    found = []
+    submit_write, submit_fsync = engine.submit_write, engine.submit_fsync
+
+    def write(fd, data, offset, done, *, dsync=False):
+        found.append(("write", fd, dsync))
+        submit_write(fd, data, offset, done, dsync=dsync)
+
+    def fsync(fd, done):
+        found.append(("sync", fd, False))
+        submit_fsync(fd, done)
+
+    monkeypatch.setattr(engine, "submit_write", write)
+    monkeypatch.setattr(engine, "submit_fsync", fsync)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(0, 4096), (100, 1000), (4000, 200), (10000, 10), (9000, 5000), (20000, 7)],
+    ids=["blocks", "within a block", "two parts", "the end", "over the end", "past the end"],
+)
+async def test_fua_is_one_durable_write(tmp_path, open_direct, handed_over, offset, length):
+    path = tmp_path / "file"
+    model = bytearray(random.Random(3).randbytes(10010))
+    path.write_bytes(model)
+    node = open_direct(path)
+    data = random.Random(4).randbytes(length)
+    model.extend(bytes(max(0, offset + length - len(model))))
+    model[offset : offset + length] = data
+    assert await node.write_fua(offset, data) is True
+    [(what, fd, durable)] = handed_over
+    assert (what, durable) == ("write", True)
+    assert fd != node.fd
+    assert node.flush_nowait() is True
+    assert path.read_bytes() == model
+    assert node.length == len(model)
+    await node.write(offset, data)
+    assert node.flush_nowait() is False
+    await node.flush()
+    assert [what for what, _, _ in handed_over] == ["write", "write", "sync"]
+
+
+async def test_durable_and_other_writes_of_one_block_lose_nothing(tmp_path, open_direct):
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 8192)
+    node = open_direct(path)
+    async with trio.open_nursery() as nursery:
+        for index in range(40):
+            write = node.write_fua if index % 2 else node.write
+            nursery.start_soon(write, index * 100, bytes([index]) * 100)
+    content = path.read_bytes()
+    assert content[4000:] == b"o" * 4192
+    assert content[:4000] == b"".join(bytes([index]) * 100 for index in range(40))
+
+
+async def test_durable_writes_leave_no_descriptor(tmp_path, engine):
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 8192)
+    with no_descriptor_left():
+        try:
+            node = open_file(str(path), engine, read_only=False, direct=BufferPool())
+        except ImageError as error:
+            pytest.skip(str(error))
+        await node.write_fua(0, bytes(4096))
+        await node.write_fua(8100, bytes(1000))
+        await node.close()

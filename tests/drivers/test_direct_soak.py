@@ -124,7 +124,8 @@ class Soak:
         piece = buffer[: len(data)]
         piece[:] = data
         try:
-            await completion(lambda done: self.node.submit_write(start, piece, done))
+            fua = rng.random() < 0.2
+            await completion(lambda done: self.node.submit_write(start, piece, done, fua=fua))
         finally:
             self.pool.give(buffer)
         self.wrote(start, data)

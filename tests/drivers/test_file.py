@@ -17,12 +17,14 @@ import tempfile
 import pytest
 
 from fakes import no_descriptor_left
+from nbdserve.block.flush import FlushFailed
 from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.drivers import file as file_module
 from nbdserve.drivers.file import MAX_PIECES, FileNode
 from nbdserve.drivers.locks import PERMISSIONS, Role
 from nbdserve.drivers.open import open_file
 from nbdserve.engines import syscalls
+from nbdserve.engines.engine import completion
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.engines.transfer import IOV_MAX, write_all
 from nbdserve.errors import ImageError, LockedError
@@ -576,6 +578,158 @@ async def test_closing_lets_go_of_the_file_even_if_its_flush_fails(path, engine,
         syncs.error = OSError(errno.EIO, "Input/output error")
         with pytest.raises(OSError, match="Input/output error"):
             await node.close()
+
+
+# --- FUA -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """(descriptor, flags) of each pwritev; `writes.error` fails the next durable ones."""
+
+    class Writes(list):
+        error = None
+
+    writes, pwritev = Writes(), os.pwritev
+
+    def watched(fd, buffers, offset, flags=0):
+        writes.append((fd, flags))
+        if flags & os.RWF_DSYNC and writes.error is not None:
+            raise writes.error
+        return pwritev(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(file_module.os, "pwritev", watched)
+    return writes
+
+
+async def submit_fua(node, offset, data):
+    """By `submit_write`; raises its error."""
+    await completion(lambda done: node.submit_write(offset, data, done, fua=True))
+
+
+async def write_fua(node, offset, data):
+    assert await node.write_fua(offset, data) is True
+
+
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_fua_is_one_durable_write_and_leaves_nothing_to_sync(
+    path, open_node, syncs, writes, way
+):
+    node = open_node(path)
+    await way(node, 3 * BLOCK, b"hello")
+    assert path.read_bytes()[3 * BLOCK :][:5] == b"hello"
+    assert [flags for _, flags in writes] == [os.RWF_DSYNC]
+    assert node.flush_nowait() is True
+    await node.flush()
+    assert syncs == []
+
+
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_what_was_written_before_is_still_to_be_synced(path, open_node, syncs, way):
+    node = open_node(path)
+    assert node.write_nowait(0, b"x")
+    await way(node, BLOCK, b"y")
+    assert node.flush_nowait() is False
+    await node.flush()
+    assert syncs == [node.fd]
+
+
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_a_durable_write_past_the_end_moves_it(path, open_node, syncs, way):
+    node = open_node(path)
+    await way(node, 20 * BLOCK, b"x")
+    assert (node.length, node.size) == (20 * BLOCK + 1, 20 * BLOCK + 512)
+    assert node.flush_nowait() is True
+
+
+async def test_nothing_written_durably(path, open_node, writes):
+    assert await open_node(path).write_fua(0, b"") is True
+    assert writes == []
+
+
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_with_no_flush_fua_is_a_plain_write(path, open_node, syncs, writes, way):
+    node = open_node(path, no_flush=True)
+    await way(node, 0, b"x")
+    assert writes == [(node.fd, 0)]
+    assert node.flush_nowait() is True
+    assert syncs == []
+
+
+async def test_durable_writes_have_a_description_of_their_own(path, open_node, writes):
+    """So that an error that one of them consumes is still there for fdatasync; and it is closed."""
+    with no_descriptor_left():
+        node = open_node(path)
+        await node.write_fua(0, b"x")
+        await node.write_fua(0, b"y")
+        [fd] = {fd for fd, _ in writes}
+        assert fd != node.fd
+        assert os.path.samestat(os.fstat(fd), os.fstat(node.fd))
+        await node.close()
+
+
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_a_durable_write_that_failed_is_looked_into_by_the_next_flush(
+    path, open_node, syncs, writes, way
+):
+    node = open_node(path)
+    writes.error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output error"):
+        await way(node, 0, b"x")
+    assert node.flush_nowait() is False
+    await node.flush()
+    assert syncs == [node.fd]
+
+
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_after_a_failed_flush_no_write_is_durable(path, open_node, syncs, writes, way):
+    """It would be; but a client commits with it, and what it commits may be lost."""
+    node = open_node(path)
+    assert node.write_nowait(0, b"x")
+    syncs.error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(FlushFailed):
+        await node.flush()
+    syncs.error = None
+    with pytest.raises(FlushFailed, match="a flush failed"):
+        await way(node, 0, b"y")
+    assert writes == []
+    assert node.write_nowait(0, b"z")  # plain writes go on, as in QEMU
+
+
+@pytest.mark.parametrize("reason", ["RWF_DSYNC is refused", "no /proc"])
+@pytest.mark.parametrize("way", [submit_fua, write_fua])
+async def test_where_there_are_no_durable_writes_a_write_and_a_sync_are_one(
+    path, open_node, syncs, writes, monkeypatch, way, reason
+):
+    node = open_node(path)
+    if reason == "no /proc":
+        monkeypatch.setattr(node, "_reopen", lambda flags: os.open("/nowhere", flags))
+    writes.error = OSError(errno.EOPNOTSUPP, "Operation not supported")
+    await way(node, 0, b"x")
+    assert path.read_bytes()[:1] == b"x"
+    assert syncs == [node.fd]
+    assert node.flush_nowait() is True
+    del writes[:]
+    await way(node, 0, b"y")
+    assert [flags for _, flags in writes] == [0]
+    syncs.error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(FlushFailed):
+        await way(node, 0, b"z")
+
+
+async def test_a_flush_by_callback(path, open_node, engine, syncs):
+    node = open_node(path)
+    assert node.flush_nowait() is True
+    assert node.write_nowait(0, b"x")
+    assert node.flush_nowait() is False
+    done = []
+    assert node.submit_flush(done.append) is True
+    assert node.submit_flush(done.append) is True
+    assert done == []
+    await engine.idle()
+    assert done == [None, None]
+    assert syncs == [node.fd]
+    assert node.flush_nowait() is True
 
 
 # --- zeroes, discard, holes ------------------------------------------------------------------

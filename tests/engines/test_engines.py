@@ -15,7 +15,7 @@ from nbdserve.engines import io_uring, kernel_queue, start
 from nbdserve.engines.engine import completion
 from nbdserve.engines.io_uring import IoUringEngine
 from nbdserve.engines.linux_aio import LinuxAioEngine
-from nbdserve.engines.start import start_engine
+from nbdserve.engines.start import Engines, start_engine
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.errors import ConfigError
 
@@ -301,6 +301,46 @@ async def test_another_failure_of_io_uring_names_the_option(monkeypatch):
 async def test_native_needs_o_direct():
     with pytest.raises(ConfigError, match="--aio=native needs O_DIRECT"):
         start_engine("native", direct=False)
+
+
+async def test_each_kind_is_started_once(ring):
+    engines = Engines()
+    threads = engines.get("threads", direct=False)
+    assert engines.get(None, direct=False) is threads
+    assert engines.get("threads", direct=True) is threads
+    uring = engines.get("io_uring", direct=False)
+    assert engines.get(None, direct=True) is uring
+    assert list(engines) == [threads, uring]
+    engines.close()
+    assert list(engines) == []
+
+
+async def test_what_threads_stand_in_for_is_the_threads_that_run(monkeypatch, caplog):
+    def refuse(self):
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr(IoUringEngine, "__init__", refuse)
+    engines = Engines()
+    for _ in range(3):
+        uring = engines.get(None, direct=True)
+    assert engines.get("threads", direct=False).name == uring.name == "threads"
+    assert len(caplog.messages) == 1
+    other = Engines()
+    assert other.get("threads", direct=False) is other.get("io_uring", direct=False)
+    engines.close()
+    other.close()
+
+
+async def test_native_that_runs_is_for_files_with_o_direct_alone():
+    engines = Engines()
+    try:
+        native = engines.get("native", direct=True)
+    except ConfigError as error:
+        pytest.skip(f"forbidden here: {error}")
+    assert engines.get("native", direct=True) is native
+    with pytest.raises(ConfigError, match="--aio=native needs O_DIRECT"):
+        engines.get("native", direct=False)
+    engines.close()
 
 
 @pytest.mark.parametrize(("direct", "expected"), [(False, {"threads"}), (True, {"io_uring"})])

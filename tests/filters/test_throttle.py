@@ -90,6 +90,20 @@ async def test_nothing_passes_it_unseen(nursery):
     assert child.calls == []
 
 
+async def test_a_request_that_waits_says_so_to_the_front_end(nursery, autojump_clock):
+    """So that it does not keep the poller from spinning for others; not what waits for a format."""
+    node = throttled(FakeLeaf(SIZE), iops_total=RateLimit(10))
+    below = throttled(FakeLeaf(SIZE), iops_total=RateLimit(10))
+    waits = []
+    for root in (node, FakeNode(SIZE, file=below)):
+        backend = BlockBackend(root, Epochs(), nursery, write_cache=True)
+        backend.on_wait = waits.append
+    for asked in (node, below):
+        for _ in range(4):
+            await asked.write(0, b"x")
+    assert waits == [1, -1] * 2  # two go at once
+
+
 async def test_a_backend_that_stops_lets_go_what_waits_in_its_nodes(nursery, autojump_clock):
     node = throttled(FakeLeaf(SIZE), iops_total=RateLimit(1))
     backend = BlockBackend(FakeNode(SIZE, file=node), Epochs(), nursery, write_cache=True)
@@ -111,3 +125,19 @@ async def test_closed_it_has_left_the_group(autojump_clock):
     for _ in range(4):
         await other.admit(READ, 1)
     assert [*group._lanes[READ].turns] == [other]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_durable_write_waits_like_any_and_is_passed_on(autojump_clock, durable):
+    child, asked = FakeLeaf(SIZE), []
+
+    async def write_fua(offset, data):
+        asked.append((trio.current_time() - start, offset, len(data)))
+        return durable
+
+    child.write_fua = write_fua
+    node = throttled(child, bps_write=RateLimit(1000))
+    start = trio.current_time()
+    for _ in range(2):
+        assert await node.write_fua(8, bytes(1000)) is durable
+    assert asked == [(0, 8, 1000), (pytest.approx(0.9), 8, 1000)]

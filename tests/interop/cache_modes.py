@@ -144,23 +144,12 @@ def _dsync_as_sync(record: Record) -> Record:
     return record._replace(parts=(*before, plain, frozenset()))
 
 
-def _anything_but_syncs(record: Record) -> Record:
-    parts = frozenset().union(*record.parts)
-    return Record((parts & {"punch data"},))
-
-
 DIFFERENCES = [
     Difference(
         "A freed cluster of a qcow2 image is punched, and its refcount lowered, once no durable L2"
         " entry points to it. qemu-nbd punches at once, and hands the cluster out again before.",
         lambda format, mode, step: format == "qcow2" and step in UNLINKING,
         _without_freeing,
-    ),
-    Difference(
-        "Without a write cache a trim is durable when it is answered. qemu-nbd leaves it to the"
-        " next flush.",
-        lambda format, mode, step: mode in WRITE_CACHE_OFF and step in UNLINKING,
-        _anything_but_syncs,
     ),
     Difference(
         "Where nothing but the data has to be durable, either may write it with RWF_DSYNC instead"

@@ -20,7 +20,7 @@ import trio
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from nbdserve.formats.qcow2.tables import Table
 
@@ -34,10 +34,13 @@ SWEPT = 8
 
 
 class CacheStatistics(NamedTuple):
-    """tables and nb_bytes: held now; loads and evictions: since the image was opened."""
+    """tables and nb_bytes: held now; dirty: of these, not written back yet; loads (misses: a table
+    is loaded once for all who want it) and evictions: since the image was opened. Hits are not
+    counted, see above."""
 
     tables: int
     nb_bytes: int
+    dirty: int
     loads: int
     evictions: int
 
@@ -53,6 +56,7 @@ class TableCache:
     ) -> None:
         self.hot: dict[int, array[int]] = {}
         self._tables: dict[int, Table] = {}
+        self._dirty: dict[Table, None] = {}  # in the order in which they became so
         self._loading: dict[int, trio.Event] = {}
         self._capacity = capacity
         self._load = load
@@ -91,12 +95,17 @@ class TableCache:
     def add(self, index: int, table: Table) -> None:
         """Put a table that was just made into the cache."""
         self._tables[index] = table
+        table.registry = self._dirty
+        if table.dirty:
+            self._dirty[table] = None
         self.hot[index] = table.entries
         self._nb_bytes += table.nb_bytes + TABLE_OVERHEAD
 
     def remove(self, index: int) -> None:
         """Take out a table that was replaced by another."""
         table = self._tables.pop(index)
+        self._dirty.pop(table, None)
+        table.registry = {}
         self.hot.pop(index, None)
         self._nb_bytes -= table.nb_bytes + TABLE_OVERHEAD
 
@@ -127,10 +136,16 @@ class TableCache:
             self._nb_bytes -= table.nb_bytes + TABLE_OVERHEAD
             self._evictions += 1
 
-    def dirty(self) -> Iterator[Table]:
+    def dirty(self) -> list[Table]:
         """The tables with entries that are not on disk."""
-        return (table for table in self._tables.values() if table.dirty)
+        return list(self._dirty)
 
     def statistics(self) -> CacheStatistics:
         """Counters since the image was opened."""
-        return CacheStatistics(len(self._tables), self._nb_bytes, self._loads, self._evictions)
+        return CacheStatistics(
+            len(self._tables),
+            self._nb_bytes,
+            sum(1 for _ in self.dirty()),
+            self._loads,
+            self._evictions,
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from nbdserve.block.rangelock import RangeLock
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from nbdserve.block.node import Node
     from nbdserve.formats.qcow2.cache import TableCache
+    from nbdserve.formats.qcow2.durability import Durability
     from nbdserve.formats.qcow2.geometry import Geometry
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.formats.qcow2.metadata import MetadataMap
@@ -51,6 +53,7 @@ class Image:
         refcounts: Refcounts,
         metadata: MetadataMap,
         quarantine: Quarantine,
+        durability: Durability,
         wake: Callable[[], None],
     ) -> None:
         """`wake`: the background task has something to do."""
@@ -62,8 +65,10 @@ class Image:
         self.refcounts = refcounts
         self.metadata = metadata
         self.quarantine = quarantine
+        self.durability = durability
         self.locks = RangeLock()
         self.broken: CorruptImage | None = None
+        self.written_back: Counter[str] = Counter()  # tables, by what they are (ordering.What)
         self._wake = wake
 
     @property

@@ -20,6 +20,7 @@ from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.allocation import allocate_nowait, write_allocating
 from nbdserve.formats.qcow2.cache import TableCache
 from nbdserve.formats.qcow2.discard import discard, write_zeroes
+from nbdserve.formats.qcow2.durability import Durability
 from nbdserve.formats.qcow2.geometry import Geometry
 from nbdserve.formats.qcow2.header import (
     Header,
@@ -39,6 +40,7 @@ from nbdserve.formats.qcow2.supported import check_supported
 from nbdserve.formats.qcow2.tables import Table, decode_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Mapping as MappingType
 
     from nbdserve.block.epoch import Epochs
@@ -80,9 +82,12 @@ async def open_qcow2(
     *,
     read_only: bool,
     no_flush: bool = False,
+    pass_discard: bool = True,
     cache_sizes: CacheSizes | None = None,
 ) -> Qcow2Node:
     """Open an image whose header was read and whose backing file is open.
+
+    `pass_discard`: clusters that are freed are discarded in the file too.
 
     Read-write, the only thing written is that autoclear feature bits are cleared. Raises
     ImageError (unsupported, damaged), OSError.
@@ -92,6 +97,7 @@ async def open_qcow2(
     l1 = await _read_table(file, header.l1_table_offset, geometry.l1_entries)
     metadata = MetadataMap(file.filename, geometry, file.size)
     quarantine = Quarantine(epochs)
+    durability = Durability()
     mapping = Mapping(
         file,
         backing,
@@ -99,6 +105,7 @@ async def open_qcow2(
         l1,
         has_zero_flag=header.version >= 3,
         metadata=metadata.offsets,
+        durability=durability,
     )
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     nb_entries = 0 if read_only else table_bytes // 8
@@ -121,6 +128,7 @@ async def open_qcow2(
         quarantine,
         end=geometry.clusters(file.size),
         end_is_zero=not getattr(file, "is_device", True),
+        pass_discard=pass_discard,
     )
     node = Qcow2Node(file, header, geometry, engine, read_only=read_only, no_flush=no_flush)
     node.image = Image(
@@ -132,6 +140,7 @@ async def open_qcow2(
         refcounts,
         metadata,
         quarantine,
+        durability,
         wake=node.wanted.set,
     )
     node.wire(cache_sizes or CacheSizes())
@@ -146,6 +155,8 @@ async def _read_table(file: Node, host_offset: int, nb_entries: int) -> Table:
 
 class Qcow2Node(Node):
     """An open qcow2 image."""
+
+    driver = "qcow2"
 
     image: Image
 
@@ -222,6 +233,18 @@ class Qcow2Node(Node):
             offset += written
             rest = rest[written:]
 
+    async def write_fua(self, offset: int, data: Buffer) -> bool:
+        """Passed down where it is one write of the file: several durable ones, one after the other,
+        would cost more than a flush."""
+        image = self.image
+        image.check_writable()
+        host_offset = image.mapping.durable_at(offset, len(data))
+        if host_offset is not None:
+            return await image.file.write_fua(host_offset, data)
+        await self.write(offset, data)
+        image.durability.file_written()
+        return False
+
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
@@ -256,16 +279,40 @@ class Qcow2Node(Node):
 
     # --- the flush chain -----------------------------------------------------------------------
 
+    def _is_settled(self) -> bool:
+        """Whether a flush of the file is all that a flush takes: no metadata is dirty or on its
+        way, and none waits to be known durable. Raises OSError if the image is broken."""
+        if self.read_only:
+            return True
+        image = self.image
+        image.check_writable()
+        return not (
+            self._flush_lock.locked()
+            or image.durability.awaits_flush
+            or image.quarantine
+            or is_dirty(image)
+        )
+
+    def flush_nowait(self) -> bool:
+        return self._is_settled() and (self.read_only or self.image.file.flush_nowait())
+
+    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+        return self._is_settled() and self.image.file.submit_flush(done)
+
     async def flush(self) -> None:
         if self.read_only:
             return
-        self.image.check_writable()
+        if self._is_settled():
+            await self.image.file.flush()
+            return
         covering = self._flushes + 1  # the next to begin; those who wait for it share it
         async with self._flush_lock:
             if self._flushed < covering:
                 self._flushes = number = self._flushes + 1
+                token = self.image.durability.begin_flush()
                 await super().flush()
                 self._flushed = number
+                self.image.durability.flushed(token)
                 self.image.quarantine.mark_durable()
         if self.image.quarantine:
             await self._release()
@@ -328,11 +375,18 @@ class Qcow2Node(Node):
                     return
 
     def statistics(self) -> dict[str, object]:
+        image = self.image
         return {
-            "l2_cache": self.image.l2.statistics(),
-            "refcount_cache": self.image.refcounts.blocks.statistics(),
-            "quarantine": len(self.image.quarantine),
-            "locks": self.image.locks.statistics(),
+            "l2_cache": image.l2.statistics(),
+            "refcount_cache": image.refcounts.blocks.statistics(),
+            "written_back": dict(image.written_back),
+            "allocated_clusters": image.refcounts.allocated,
+            "freed_clusters": image.refcounts.freed,
+            "quarantine": len(image.quarantine),
+            "locks": image.locks.statistics(),
+            "compressed": self._reader.statistics(),
+            "flushes_begun": self._flushes,
+            "corrupt": image.broken is not None,
         }
 
 

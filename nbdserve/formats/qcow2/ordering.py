@@ -112,21 +112,24 @@ async def write_back(image: Image) -> None:
             if number == STAGE[What.L2_ENTRY] or any(stages[:number]):
                 # Makes durable what this stage points to: earlier stages and requests' data.
                 await image.file.flush()
-                pending = _settle(pending, number)
+                pending = _settle(image, pending, number)
             await _write(image, writes)
+            image.durability.file_written()
     except BaseException:
         for _, table in pending:
             table.not_written()
         image.refcounts.moved_from = moved_from + image.refcounts.moved_from
         raise
-    _settle(pending, len(stages))
+    _settle(image, pending, len(stages))
     for host_offset, nb_clusters in moved_from:
         first = host_offset >> image.geometry.cluster_bits
         for cluster in range(first, first + nb_clusters):
             image.quarantine.add(cluster)
 
 
-def _settle(pending: list[tuple[What, Table]], stage: int) -> list[tuple[What, Table]]:
+def _settle(
+    image: Image, pending: list[tuple[What, Table]], stage: int
+) -> list[tuple[What, Table]]:
     """Tables of the stages before `stage` are written; return the others.
 
     Done as soon as it is true: if a later stage fails, what was written may be linked on disk
@@ -135,6 +138,7 @@ def _settle(pending: list[tuple[What, Table]], stage: int) -> list[tuple[What, T
     for what, table in pending:
         if STAGE[what] < stage:
             table.written()
+            image.written_back[what.name] += 1
     return [(what, table) for what, table in pending if STAGE[what] >= stage]
 
 
@@ -172,6 +176,7 @@ async def _write(image: Image, writes: list[TableWrite]) -> None:
         if number % MAX_WRITES == MAX_WRITES - 1:
             await trio.lowlevel.checkpoint()
         image.check_writable()
+        image.durability.table_written(host_offset, len(data))
         # Slices are small and go into the page cache: a hop for each would cost ten times as much.
         if leaf is None or not leaf.write_nowait(host_offset, data):
             await image.file.write(host_offset, data)

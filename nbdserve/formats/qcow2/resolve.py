@@ -18,7 +18,7 @@ from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdserve.block.node import Leaf, Node
-from nbdserve.block.run import READ, Miss, Op, Resolution, Run
+from nbdserve.block.run import READ, WRITE, Miss, Op, Resolution, Run
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.spec import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
     from nbdserve.formats.qcow2.cache import TableCache
+    from nbdserve.formats.qcow2.durability import Durability
     from nbdserve.formats.qcow2.geometry import Geometry
     from nbdserve.formats.qcow2.tables import Table
 
@@ -82,6 +83,7 @@ class Mapping:
         *,
         has_zero_flag: bool,
         metadata: Container[int],
+        durability: Durability,
     ) -> None:
         """`has_zero_flag`: version 3; in version 2 the bit is reserved and a mistake."""
         self.l1 = l1
@@ -90,6 +92,7 @@ class Mapping:
         self._file = file
         self._geometry = geometry
         self._metadata = metadata
+        self._durability = durability
         self._empty = array("Q", bytes(8 * geometry.l2_entries))
         # All bits but those of an aligned offset: a plain writable cluster has only COPIED.
         self._not_offset = ~(OFFSET_MASK & ~geometry.in_cluster) & ((1 << 64) - 1)
@@ -124,7 +127,13 @@ class Mapping:
                 and entry != COPIED
             ):
                 host = entry ^ COPIED
-                if self._leaf is not None and (op is READ or host not in self._metadata):
+                if self._leaf is not None and (
+                    op is READ
+                    or (
+                        host not in self._metadata
+                        and (op is WRITE or (self._leaf.fua and self.is_durable(offset, length)))
+                    )
+                ):
                     return [(self._leaf, host + start, length)]
         return self._resolve_extents(op, offset, length)
 
@@ -140,7 +149,7 @@ class Mapping:
             found = (
                 self._runs_to_read(extent, offset)
                 if op is READ
-                else self._runs_to_write(extent, offset)
+                else self._runs_to_write(op, extent, offset)
             )
             if isinstance(found, Miss):
                 return found
@@ -163,7 +172,16 @@ class Mapping:
             return runs
         return [(None, 0, extent.length)]
 
-    def _runs_to_write(self, extent: GuestExtent, offset: int) -> Resolution:
+    def _runs_to_write(self, op: Op, extent: GuestExtent, offset: int) -> Resolution:
+        miss = self._miss_in_place(extent, offset)
+        if miss is not None:
+            return miss
+        if op is not WRITE and not self.is_durable(offset, extent.length):
+            return Miss.NEEDS_FLUSH
+        return self._file.resolve(op, extent.host_offset, extent.length)
+
+    def _miss_in_place(self, extent: GuestExtent, offset: int) -> Miss | None:
+        """Why an extent cannot be written where it is."""
         if extent.type is STANDARD:
             if not extent.copied:
                 return Miss.NEEDS_COW
@@ -172,12 +190,39 @@ class Mapping:
             for host in range(first, end, self._cluster_size):
                 if host in self._metadata:
                     return Miss.OPAQUE  # corrupt; the asynchronous path reports it
-            return self._file.resolve(Op.WRITE, extent.host_offset, extent.length)
+            return None
         if extent.type is ClusterType.COMPRESSED:
             return Miss.COMPRESSED
         if extent.type is UNALLOCATED and self.backing is not None and offset < self.backing.size:
             return Miss.NEEDS_COW
         return Miss.NEEDS_ALLOC
+
+    def is_durable(self, offset: int, length: int) -> bool:
+        """Whether after a power cut the range would be mapped as it is now. No: perhaps."""
+        bits = self._l2_bits
+        first = offset >> self._cluster_bits
+        last = (offset + length - 1) >> self._cluster_bits
+        covers = self._durability.covers
+        if not covers(self.l1, first >> bits, last >> bits):
+            return False
+        while first <= last:
+            table = self.l2.peek(first >> bits)
+            stop = min(last, first | self._l2_mask)
+            if table is None or not covers(table, first & self._l2_mask, stop & self._l2_mask):
+                return False
+            first = stop + 1
+        return True
+
+    def durable_at(self, offset: int, length: int) -> int | None:
+        """The host offset of a range that may be written in place, in one piece, and whose mapping
+        is durable; None: it is not so, or perhaps not."""
+        try:
+            extent = self.extent_at(offset, length)
+        except CorruptImage:
+            return None  # `write` meets it again and can report it
+        if extent is None or extent.length < length or self._miss_in_place(extent, offset):
+            return None
+        return extent.host_offset if self.is_durable(offset, length) else None
 
     def entries_at(self, offset: int) -> array[int] | None:
         """The entries of the L2 table for a guest offset; None if it is not in memory.

@@ -67,7 +67,9 @@ def decode_refcounts(data: bytes | bytearray | memoryview, refcount_bits: int) -
 class Table:
     """One table: L1, L2, refcount table or refcount block.
 
-    `fresh`: nothing on disk points to it yet, so it may be written in any order.
+    `fresh`: nothing on disk points to it yet, so it may be written in any order. `registry`: where
+    it enters itself while it is dirty; that of the cache which holds it, so that finding what is
+    dirty does not cost a look at all tables.
     """
 
     __slots__ = (
@@ -78,6 +80,7 @@ class Table:
         "entries",
         "fresh",
         "host_offset",
+        "registry",
     )
 
     def __init__(
@@ -86,6 +89,7 @@ class Table:
         self.entries = entries
         self.host_offset = host_offset
         self.fresh = fresh
+        self.registry: dict[Table, None] = {}
         self.dirty: set[int] = set()
         self._in_flight: set[int] = set()
         self._bits = entry_bits
@@ -103,14 +107,25 @@ class Table:
         """Whether the disk (or the OS) has all of it."""
         return not self.dirty and not self._in_flight
 
+    def slices(self, first: int, last: int) -> range:
+        """The numbers of the slices that hold the entries from `first` to `last`."""
+        return range(first // self._entries_per_slice, last // self._entries_per_slice + 1)
+
+    def is_written(self, number: int) -> bool:
+        """Whether the disk (or the OS) has all of a slice."""
+        return number not in self.dirty and number not in self._in_flight
+
     def set(self, index: int, value: int) -> None:
         """Change one entry."""
         self.entries[index] = value
+        if not self.dirty:
+            self.registry[self] = None
         self.dirty.add(index // self._entries_per_slice)
 
     def touch_all(self) -> None:
         """Mark the whole table dirty."""
-        self.dirty.update(range(-(-len(self.entries) // self._entries_per_slice)))
+        self.dirty.update(self.slices(0, len(self.entries) - 1))
+        self.registry[self] = None
 
     def snapshot(self) -> list[TableWrite]:
         """The bytes of all dirty slices as of now, neighbours joined; one snapshot at a time."""
@@ -126,6 +141,7 @@ class Table:
             writes.append(self._encode(run[0], run[-1]))
         self._in_flight = self.dirty
         self.dirty = set()
+        self.registry.pop(self, None)
         return writes
 
     def written(self) -> None:
@@ -137,6 +153,8 @@ class Table:
         """The snapshot was not, or not surely, written."""
         self.dirty |= self._in_flight
         self._in_flight = set()
+        if self.dirty:
+            self.registry[self] = None
 
     def _encode(self, first: int, last: int) -> TableWrite:
         start = first * self._entries_per_slice

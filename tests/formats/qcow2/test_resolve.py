@@ -8,6 +8,7 @@ from nbdserve.block.node import Node
 from nbdserve.block.run import READ, WRITE, Miss
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.cache import TableCache
+from nbdserve.formats.qcow2.durability import Durability
 from nbdserve.formats.qcow2.geometry import Geometry
 from nbdserve.formats.qcow2.resolve import ClusterType, Mapping, cluster_type
 from nbdserve.formats.qcow2.spec import COMPRESSED, COPIED, ZERO
@@ -35,7 +36,8 @@ def test_cluster_type(entry, kind):
     assert cluster_type(entry) is kind
 
 
-def mapping(entries, *, backing=None, version=3, metadata=(), l1=(0x8000 | COPIED,), cached=True):
+def mapping(entries, *, backing=None, version=3, metadata=(), l1=(0x8000 | COPIED,), cached=True,
+            durability=None):
     geometry = Geometry(12, 4, 1024 * C)
     it = Mapping(
         FILE,
@@ -44,6 +46,7 @@ def mapping(entries, *, backing=None, version=3, metadata=(), l1=(0x8000 | COPIE
         Table(array("Q", [*l1, 0]), 0x1000),
         has_zero_flag=version >= 3,
         metadata=set(metadata),
+        durability=durability or Durability(),
     )
 
     async def never(*_):
