@@ -35,7 +35,8 @@ def start_engine(aio: str | None, *, direct: bool) -> Engine:
 
     :param aio: threads, io_uring, native; None for the fastest that is correct: io_uring with
         O_DIRECT, else threads (the page cache is read and written inline whatever the engine).
-    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us.
+    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us; io_uring
+        that fails for a reason of its own.
     """
     if aio == "native":
         return _start_native(direct)
@@ -45,9 +46,10 @@ def start_engine(aio: str | None, *, direct: bool) -> Engine:
         try:
             return IoUringEngine()
         except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO)
             if error.errno not in FORBIDDEN:
-                raise
-            reason = os.strerror(error.errno)
+                message = f"--aio=io_uring: {reason}; use --aio=threads"
+                raise ConfigError(message, error.errno) from None
             log.warning("io_uring cannot be used here (%s): using threads", reason)
     return ThreadsEngine()
 

@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import random
+import struct
 
 import pytest
 import trio
@@ -236,6 +237,36 @@ async def test_a_kernel_that_refuses_fails_the_requests(ring, file, monkeypatch)
     assert await read(ring, fd, 0, 512) == content[:512]
 
 
+@pytest.mark.parametrize("kind", [IoUringEngine, LinuxAioEngine])
+async def test_a_kernel_that_refuses_fails_those_too_that_waited_for_room(kind, file, monkeypatch):
+    try:
+        engine = kind()
+    except OSError as error:
+        pytest.skip(f"forbidden here: {error}")
+    fd, content = file
+    monkeypatch.setattr(engine, "_hand_over", lambda number: -errno.ENOMEM)
+    found = []
+    buffers = [memoryview(bytearray(8)) for _ in range(600)]
+    with engine.plug():
+        for buffer in buffers:
+            engine.submit_read(fd, buffer, 0, found.append)
+    assert found == []
+    with trio.fail_after(LONG):
+        await engine.idle()
+    assert [error.errno for error in found] == [errno.ENOMEM] * 600
+    monkeypatch.undo()
+    assert await read(engine, fd, 0, 8) == content[:8]
+    engine.close()
+
+
+async def test_a_request_that_cannot_be_written_down_is_none(ring, file):
+    fd, content = file
+    with pytest.raises(struct.error):
+        ring.submit_read(fd, memoryview(bytearray(8)), -1, lambda error: None)
+    assert await read(ring, fd, 0, 8) == content[:8]
+    assert ring.statistics().in_flight == 0
+
+
 async def test_positions_wrap(ring, file, monkeypatch):
     fd, content = file
     for _ in range(3 * io_uring.DEPTH):
@@ -256,6 +287,15 @@ async def test_where_io_uring_is_forbidden_threads_serve(monkeypatch, caplog, er
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("io_uring cannot be used here (")
     engine.close()
+
+
+async def test_another_failure_of_io_uring_names_the_option(monkeypatch):
+    def fail(self):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(IoUringEngine, "__init__", fail)
+    with pytest.raises(ConfigError, match="--aio=io_uring: Invalid argument; use --aio=threads"):
+        start_engine(None, direct=True)
 
 
 async def test_native_needs_o_direct():
