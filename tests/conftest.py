@@ -8,8 +8,13 @@ because a run that skips must not look like a run that passed.
 import os
 
 import pytest
+from hypothesis import settings
 
 import peers
+
+# How long an example takes is the machine's affair.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

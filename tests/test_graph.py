@@ -33,7 +33,8 @@ MIB = 1 << 20
 
 
 def config(path, **options):
-    return ImageConfig(str(path), **options)
+    # With threads the calls for the image can be watched, and it may be closed outside of trio.
+    return ImageConfig(str(path), **{"aio": "threads", **options})
 
 
 @pytest.fixture(autouse=True)
