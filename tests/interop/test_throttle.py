@@ -30,6 +30,7 @@ def bench(uri, number, *options):
     return float(BENCH.search(said)[1])
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("options", [(), ("-w",)], ids=["read", "write"])
 @pytest.mark.peer("qemu-img", "qemu-nbd")
 def test_400_requests_take_as_long_as_with_qemus_throttle(image, options):
@@ -45,6 +46,7 @@ def test_400_requests_take_as_long_as_with_qemus_throttle(image, options):
     assert ours == pytest.approx(1.9, rel=0.05)
 
 
+@pytest.mark.clock
 @pytest.mark.peer("qemu-img")
 def test_1000_requests_take_five_seconds(image):
     with peers.served(image, "--throttle", f"throttling.iops-total={IOPS}", "-t",
@@ -52,6 +54,7 @@ def test_1000_requests_take_five_seconds(image):
         assert bench(server.uri, 1000) == pytest.approx(4.95, rel=0.03)
 
 
+@pytest.mark.clock
 @pytest.mark.peer("qemu-img")
 def test_bytes_are_limited_and_writethrough_pays_once(image):
     """2 MiB/s: a tenth of a second's worth at once, the rest at the rate."""
