@@ -12,12 +12,15 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What to serve, and further options for it: make serve IMAGE=disk.qcow2 SERVE_ARGS='-p 10810'
 export IMAGE ?= demo.qcow2
 SERVE_ARGS ?=
-# make test PYTEST_ARGS='-k handshake -n 2'
+# make test PYTEST_ARGS='-k handshake -n 0'
 PYTEST_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
-.PHONY: help serve test check lint types coverage bench cache-table clean
+# As many tests at once as there are processors, but for those that measure time.
+PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup
+
+.PHONY: help serve test matrix check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -30,7 +33,11 @@ demo.qcow2: | $(VENV)/.has-run
 
 test: $(VENV)/.has-test  ## set up everything, the peers included, and run the tests
 	@tools/peers.sh
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+matrix: $(VENV)/.has-test  ## all that moves data, with every I/O engine and each cache mode it may have
+	@tools/peers.sh
+	$(PYTEST) --matrix tests/interop $(PYTEST_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test

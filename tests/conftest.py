@@ -1,11 +1,17 @@
-"""What every test may rely on: `@pytest.mark.peer`.
+"""What every test may rely on: `@pytest.mark.peer` and `@pytest.mark.clock`.
 
 A test that needs a program of others names it: `@pytest.mark.peer("qemu-img", "fio")`.  Where
 one is missing the test is skipped and the summary says which and why; with CI=true it fails,
 because a run that skips must not look like a run that passed.
+
+A test that measures time says so: `@pytest.mark.clock`.  Where several processes run tests of
+this checkout (`-n`), it runs while no other does.
 """
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -17,12 +23,35 @@ settings.register_profile("no deadline", settings(), deadline=None)
 settings.load_profile("no deadline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true",
+                     help="run every test of the engine matrix with every engine and cache mode"
+                     " (tests/interop/conftest.py)")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     wanted = {name for marker in item.iter_markers("peer") for name in marker.args}
     missing = sorted(name for name in wanted if not peers.have(name))
     if not missing:
         return
-    reason = f"not here, or not allowed to run: {', '.join(missing)} (tools/peers.sh installs them)"
+    reason = f"not here, or not allowed: {', '.join(missing)} (tools/peers.sh installs programs)"
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}; CI=true, so this is a failure", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with _among_other_processes(alone=item.get_closest_marker("clock") is not None):
+        return (yield)
+
+
+@contextlib.contextmanager
+def _among_other_processes(*, alone: bool) -> Iterator[None]:
+    """Two locks, as between readers and a writer: one is held while a test runs, shared or alone,
+    and the other while waiting for it, so that nobody overtakes who waits to be alone."""
+    with open(__file__) as gate, open(peers.__file__) as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield

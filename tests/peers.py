@@ -10,6 +10,7 @@ pytest's tmp_path can exceed.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -29,6 +30,10 @@ from collections.abc import Callable, Iterator, Sequence
 LIBNBD = "python3-libnbd"
 # Installed is not enough: containers may forbid ptrace.
 STRACE = "strace"
+# No programs, but what a machine may be without all the same: containers may forbid the one, and
+# file systems in memory have no use for the other.
+IO_URING = "io_uring"
+O_DIRECT = "O_DIRECT"
 SYSTEM_PYTHON = "/usr/bin/python3"
 # nbd-client is in /usr/sbin, which is not on every user's PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -48,7 +53,8 @@ class PeerFailed(AssertionError):
 
 
 def have(program: str) -> bool:
-    """Whether a program that `@pytest.mark.peer` may name can be run here."""
+    """Whether a program (or `IO_URING`, `O_DIRECT`) that `@pytest.mark.peer` may name can be
+    run here."""
     if program == LIBNBD:
         probe = [SYSTEM_PYTHON, "-I", "-c", "import nbd"]
         try:
@@ -58,7 +64,34 @@ def have(program: str) -> bool:
     if program == STRACE and shutil.which(program) is not None:
         probe = [program, "-o", os.devnull, "true"]
         return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    if program == IO_URING:
+        return _may_use_io_uring()
+    if program == O_DIRECT:
+        return _has_o_direct(tempfile.gettempdir())
     return shutil.which(program, path=SEARCH_PATH) is not None
+
+
+def _may_use_io_uring() -> bool:
+    """By io_uring_setup(2), which has this number on every architecture that Python runs on."""
+    number, parameters = 425, ctypes.create_string_buffer(120)
+    ring = ctypes.CDLL(None).syscall(number, 1, parameters)
+    if ring >= 0:
+        os.close(ring)
+    return bool(ring >= 0)
+
+
+def _has_o_direct(folder: PathLike) -> bool:
+    """Whether files in a folder can be read past the page cache.  File systems in memory let new
+    kernels open them so, and it means nothing."""
+    kind = run("stat", "--file-system", "--format=%T", folder).stdout.strip()
+    if kind in ("tmpfs", "ramfs"):
+        return False
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+        except OSError:
+            return False
+    return True
 
 
 def run(*command: PathLike, check: bool = True, timeout: float = 120, stdin: str | None = None

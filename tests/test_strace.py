@@ -134,7 +134,7 @@ for number in range(int(sys.argv[2])):
     thread.join()
     os.write(1, b"!")
 """
-ROUNDS = 200
+ROUNDS = 100
 
 
 @pytest.mark.peer("strace")
@@ -146,10 +146,6 @@ def test_what_was_done_is_in_the_log_before_the_answer(tmp_path: pathlib.Path):
         for number in range(ROUNDS):
             child.stdin.write(b"?")
             assert child.stdout.read(1) == b"!"
-            text = log.path.read_text()
-            assert f'"x", 1, {number}) = 1\n' in text
-            assert text.count("fdatasync") >= number + 1
-            if number % 20 == 0:
-                kinds = [access.kind for access in log.accesses(tmp_path / "disk")]
-                assert kinds == [Kind.WRITE, Kind.SYNC] * (number + 1)
+            kinds = [access.kind for access in log.accesses(tmp_path / "disk")]
+            assert kinds == [Kind.WRITE, Kind.SYNC] * (number + 1)
     assert child.returncode == 0

@@ -180,6 +180,30 @@ def overlap(uri, connections, rounds):
         handle.shutdown()
 
 
+def neighbours(uri, model, connections=4):
+    """Writes side by side, in flight together in any order: pieces of any length that share their
+    first and last sectors, of the server's file too, with others and lose none of them.  The same
+    goes to a raw file that holds the same disk."""
+    handles = [connected(uri) for _ in range(int(connections))]
+    size = handles[0].get_size()
+    rng = random.Random(size)
+    ends = sorted(rng.sample(range(1, size), min(size - 1, 600)))
+    pieces = list(zip([0, *ends], [*ends, size], strict=True))
+    rng.shuffle(pieces)
+    errors = Errors()
+    with open(model, "r+b") as disk:
+        for number, (start, end) in enumerate(pieces):
+            data = rng.randbytes(end - start)
+            disk.seek(start)
+            disk.write(data)
+            handle = handles[number % len(handles)]
+            handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data)), start, errors.done)
+    settle(handles)
+    assert not errors, errors
+    for handle in handles:
+        handle.shutdown()
+
+
 def _uniform(data):
     """The one byte that each sector consists of."""
     values = bytes(data[::SECTOR])
@@ -448,8 +472,8 @@ def every(uri):
 
 ACTIONS = {
     action.__name__: action
-    for action in (apply, read, overlap, sizes, checkered, single, requests, status, refused,
-                   export_name, options, unknown_export, many, every)
+    for action in (apply, read, overlap, neighbours, sizes, checkered, single, requests, status,
+                   refused, export_name, options, unknown_export, many, every)
 }
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def test_nbdinfo_says_the_same_of_us_as_of_qemu_nbd(filled, more):
     ("--destination-is-zero", "--flush"), ("--allocated",),
 ], ids=" ".join)
 @pytest.mark.peer("nbdcopy", "qemu-img")
-def test_nbdcopy_in_and_out(tmp_path, empty, source, options):
-    with peers.served(empty) as server:
+def test_nbdcopy_in_and_out(tmp_path, served, empty, source, options):
+    with served(empty) as server:
         peers.run("nbdcopy", *options, source, server.uri)
         options = tuple(option for option in options if option != "--destination-is-zero")
         peers.run("nbdcopy", *options, server.uri, tmp_path / "out")
@@ -92,10 +92,10 @@ def test_nbdcopy_in_and_out(tmp_path, empty, source, options):
 
 
 @pytest.mark.peer("nbdcopy", "qemu-img")
-def test_nbdcopy_from_one_server_to_another(tmp_path, empty, filled):
+def test_nbdcopy_from_one_server_to_another(tmp_path, served, empty, filled):
     image, raw = filled
     other = make(Recipe(SIZE, "cluster_size=512", fill=0), tmp_path / "other.qcow2")
-    with peers.served(image) as source, peers.served(other) as target:
+    with served(image) as source, served(other) as target:
         peers.run("nbdcopy", source.uri, target.uri)
     peers.qemu_img_check(other)
     peers.qemu_img_compare(other, raw)
@@ -103,8 +103,8 @@ def test_nbdcopy_from_one_server_to_another(tmp_path, empty, filled):
 
 @pytest.mark.parametrize("options", ["", "-W -m 8", "-S 0", "--target-is-zero"])
 @pytest.mark.peer("qemu-img")
-def test_qemu_img_converts_into_our_export(empty, source, options):
-    with peers.served(empty) as server:
+def test_qemu_img_converts_into_our_export(served, empty, source, options):
+    with served(empty) as server:
         peers.qemu_img("convert", "-n", *shlex.split(options), "-f", "raw", "-O", "raw",
                        source, server.uri)
         peers.qemu_img_compare(server.uri, source)
@@ -113,8 +113,8 @@ def test_qemu_img_converts_into_our_export(empty, source, options):
 
 
 @pytest.mark.peer("qemu-img", "qemu-io")
-def test_qemu_io_through_our_server(empty):
-    with peers.served(empty) as server:
+def test_qemu_io_through_our_server(served, empty):
+    with served(empty) as server:
         peers.qemu_io(
             server.uri, "write -P 1 0 1M", "write -P 2 1000000 333", "write -f -P 3 3M 64k",
             "write -z 128k 64k", "write -z -u 256k 100k", "discard 512k 128k",
@@ -129,11 +129,11 @@ def test_qemu_io_through_our_server(empty):
 
 
 @pytest.mark.peer("qemu-img")
-def test_an_image_inside_an_export(tmp_path, empty, source):
+def test_an_image_inside_an_export(tmp_path, served, empty, source):
     """An export can hold a qcow2 image as well as a file can; QEMU writes it, then reads it."""
     packed = tmp_path / "packed.qcow2"
     peers.qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", source, packed)
-    with peers.served(empty) as server:
+    with served(empty) as server:
         peers.run("nbdcopy", packed, server.uri)
         inside = f"driver=qcow2,file.driver=nbd,file.path={server.socket_path}"
         peers.qemu_img("compare", "--image-opts", inside, f"driver=raw,file.filename={source}")
@@ -152,9 +152,9 @@ def test_an_image_inside_an_export(tmp_path, empty, source):
     ("64k", "--rw=write --bs=1000k --iodepth=8 --size=8000k --offset_increment=8000k"),
 ], ids=["3k", "9k", "mixed", "1000k"])
 @pytest.mark.peer("fio", "qemu-img")
-def test_fio_verifies_what_it_wrote_over_four_connections(tmp_path, cluster_size, job):
+def test_fio_verifies_what_it_wrote_over_four_connections(tmp_path, served, cluster_size, job):
     image = make(Recipe(32 * MIB, f"cluster_size={cluster_size}", fill=0), tmp_path / "disk")
-    with peers.served(image) as server:
+    with served(image) as server:
         peers.run(
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={server.uri}", "--numjobs=4",
             "--thread", "--group_reporting", "--verify=crc32c", "--verify_fatal=1",
@@ -168,9 +168,9 @@ def test_fio_verifies_what_it_wrote_over_four_connections(tmp_path, cluster_size
 
 @pytest.mark.parametrize("replies", ["structured", "simple"])
 @pytest.mark.peer("python3-libnbd", "qemu-img", "qemu-io")
-def test_reads_of_every_length_on_four_connections(filled, replies):
+def test_reads_of_every_length_on_four_connections(served, filled, replies):
     image, raw = filled
-    with peers.served(image) as server:
+    with served(image) as server:
         client("read", server.uri, raw, replies)
 
 
@@ -185,14 +185,13 @@ UNIFORM = ("write -P 7 0 1M", "write -P 9 1100k 50k", "write -z 1200k 300k")
     (Recipe(SIZE, "cluster_size=2M", fill=0), ()),
     (Recipe(SIZE, "refcount_bits=1", fill=0, commands=UNIFORM), ("--detect-zeroes=unmap",)),
     (Recipe(SIZE, "cluster_size=4k", fill=0, commands=UNIFORM), ("--discard=ignore",)),
-    (Recipe(SIZE, "cluster_size=16k", backing=Recipe(SIZE, fill=0, commands=UNIFORM)),
-     ("--cache=unsafe",)),
+    (Recipe(SIZE, "cluster_size=16k", backing=Recipe(SIZE, fill=0, commands=UNIFORM)), ()),
     (Recipe(SIZE, "compat=0.10", backing=Recipe(MIB, fill=0, commands=UNIFORM[:1])), ()),
 ], ids=["64k", "v2", "512", "2M", "detect-zeroes", "no-discard", "backing", "short-backing"])
 @pytest.mark.peer("python3-libnbd", "qemu-img", "qemu-io")
-def test_requests_in_flight_over_overlapping_ranges(tmp_path, recipe, server_options):
+def test_requests_in_flight_over_overlapping_ranges(tmp_path, served, recipe, server_options):
     image = make(recipe, tmp_path / "disk.qcow2")
-    with peers.served(image, *server_options) as server:
+    with served(image, *server_options) as server:
         client("overlap", server.uri, 4, 12)
         peers.qemu_img("convert", "-f", "raw", server.uri, tmp_path / "out")
     peers.qemu_img_check(image)
@@ -200,27 +199,38 @@ def test_requests_in_flight_over_overlapping_ranges(tmp_path, recipe, server_opt
 
 
 @pytest.mark.peer("python3-libnbd", "qemu-img", "qemu-io")
-def test_overlapping_requests_over_compressed_clusters(tmp_path):
+def test_overlapping_requests_that_are_never_synced(tmp_path, served):
+    image = make(Recipe(SIZE, "cluster_size=16k", backing=Recipe(SIZE, fill=0, commands=UNIFORM)),
+                 tmp_path / "disk.qcow2")
+    options = (f"driver=qcow2,file.filename={image},file.aio={served.aio},cache.no-flush=on,"
+               f"cache.direct={'on' if served.direct else 'off'}")
+    with peers.served(options, "--image-opts") as server:
+        client("overlap", server.uri, 4, 12)
+    peers.qemu_img_check(image)
+
+
+@pytest.mark.peer("python3-libnbd", "qemu-img", "qemu-io")
+def test_overlapping_requests_over_compressed_clusters(tmp_path, served):
     plain = make(Recipe(SIZE, fill=0, commands=UNIFORM), tmp_path / "plain.qcow2")
     image = tmp_path / "disk.qcow2"
     peers.qemu_img("convert", "-O", "qcow2", "-c", plain, image)
-    with peers.served(image, "--cache=writethrough") as server:
+    with served(image, write_cache=False) as server:
         client("overlap", server.uri, 4, 3)
     peers.qemu_img_check(image)
 
 
 @pytest.mark.parametrize("replies", ["structured", "simple"])
 @pytest.mark.peer("python3-libnbd", "qemu-img")
-def test_requests_of_one_byte_and_of_64_mib(tmp_path, replies):
+def test_requests_of_one_byte_and_of_64_mib(tmp_path, served, replies):
     image = make(Recipe(128 * MIB + 512, fill=0), tmp_path / "disk.qcow2")
-    with peers.served(image, "--cache=unsafe") as server:
+    with served(image) as server:
         client("sizes", server.uri, replies)
     peers.qemu_img_check(image)
 
 
 @pytest.mark.parametrize("cluster_size", ["512", "4k"])
 @pytest.mark.peer("python3-libnbd", "qemu-img", "qemu-io")
-def test_one_read_over_thousands_of_pieces(tmp_path, cluster_size):
+def test_one_read_over_thousands_of_pieces(tmp_path, served, cluster_size):
     image, raw = tmp_path / "disk.qcow2", tmp_path / "raw"
     step = 2 * (512 if cluster_size == "512" else 4 * KIB)
     with open(raw, "wb") as file:
@@ -230,14 +240,14 @@ def test_one_read_over_thousands_of_pieces(tmp_path, cluster_size):
         file.truncate(1500 * step)
     peers.qemu_img("convert", "-f", "raw", "-O", "qcow2", "-S", "512",
                    "-o", f"cluster_size={cluster_size}", raw, image)
-    with peers.served(image) as server:
+    with served(image) as server:
         client("checkered", server.uri, raw)
 
 
 @pytest.mark.parametrize("action", ["requests", "status"])
 @pytest.mark.peer("python3-libnbd", "qemu-img")
-def test_flags_and_block_status(empty, action):
-    with peers.served(empty) as server:
+def test_flags_and_block_status(served, empty, action):
+    with served(empty) as server:
         client(action, server.uri)
     peers.qemu_img_check(empty)
 
@@ -262,9 +272,9 @@ def test_ways_to_negotiate(empty):
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "::1", "localhost"])
 @pytest.mark.peer("python3-libnbd", "qemu-img", "qemu-io", "nbdcopy")
-def test_tcp(tmp_path, filled, bind):
+def test_tcp(tmp_path, served, filled, bind):
     image, raw = filled
-    with peers.served(image, bind=bind) as server:
+    with served(image, bind=bind) as server:
         assert ("[::1]" in server.uri) == (bind == "::1")
         client("read", server.uri, raw, "structured")
         peers.run("nbdcopy", server.uri, tmp_path / "out")
@@ -282,7 +292,7 @@ def _written(path):
 
 @pytest.mark.parametrize("bind", [None, "127.0.0.1"])
 @pytest.mark.peer("python3-libnbd", "qemu-img")
-def test_64_clients_at_once(empty, bind):
-    with peers.served(empty, bind=bind) as server:
+def test_64_clients_at_once(served, empty, bind):
+    with served(empty, bind=bind) as server:
         client("many", server.uri, 64)
     peers.qemu_img_check(empty)

@@ -187,15 +187,15 @@ def test_a_tree_is_served_and_written(here, text, size, command):
     "json:{'file':{'filename':'base.img','locking':'off'}}",
     "file:base.img",
 ])  # fmt: skip
-def test_an_overlay_on_a_name_with_options(here, name):
+def test_an_overlay_on_a_name_with_options(served, here, name):
     base = (here / "base.img").read_bytes()
     peers.qemu_img("create", "-q", "-f", "qcow2", "-b", name, "-F", "raw", "over.qcow2", "1M")
-    with peers.served("over.qcow2") as server:
+    with served("over.qcow2") as server:
         identical(server.uri, "driver=qcow2,file.filename=over.qcow2", "before")
         peers.qemu_io(server.uri, "write -P 7 1000 30000", "flush", options=("-f", "raw"))
     peers.qemu_img_check("over.qcow2")
     peers.qemu_io("over.qcow2", "read -P 7 1000 30000", options=("-f", "qcow2"))
-    with peers.served("over.qcow2", "-r") as server:
+    with served("over.qcow2", "-r") as server:
         identical(server.uri, "driver=qcow2,file.filename=over.qcow2", "after")
     assert (here / "base.img").read_bytes() == base
 
@@ -209,7 +209,7 @@ def test_an_overlay_that_we_make_on_such_a_name(here):
         identical(server.uri, "driver=qcow2,file.filename=over.qcow2", "copy")
 
 
-def test_a_chain_on_json_names(here):
+def test_a_chain_on_json_names(served, here):
     """Down to an image whose own backing file is in yet another folder."""
     (here / "sub").mkdir()
     names = ["json:{'driver':'qcow2','file.filename':'top.qcow2'}",
@@ -219,7 +219,7 @@ def test_a_chain_on_json_names(here):
                        f"sub/{number}.qcow2")
         peers.qemu_io(f"sub/{number}.qcow2", f"write -P {number} {number}00k 10k",
                       options=("-f", "qcow2"))
-    with peers.served("sub/2.qcow2") as server:
+    with served("sub/2.qcow2") as server:
         identical(server.uri, "driver=qcow2,file.filename=sub/2.qcow2", "copy")
 
 
@@ -232,10 +232,10 @@ def test_a_missing_file_behind_json(here):
 
 
 @pytest.mark.peer("nbdinfo")
-def test_several_exports_that_share_a_throttle(here):
+def test_several_exports_that_share_a_throttle(served, here):
     options = ("-x", "one", "--export", "two=top.qcow2", "--object",
                "throttle-group,id=g,x-iops-total=100000", "--throttle", "group=g")
-    with peers.served("disk.qcow2", *options) as server:
+    with served("disk.qcow2", *options) as server:
         assert server.stdout().endswith(f"\n'nbd+unix:///two?socket={server.socket_path}'\n")
         listed = json.loads(peers.run("nbdinfo", "--list", "--json", server.uri).stdout)
         sizes = {export["export-name"]: export["export-size"] for export in listed["exports"]}

@@ -24,12 +24,12 @@ def raw_copy(image, path):
 
 @matrix
 @pytest.mark.peer("qemu-img", "qemu-io", "qemu-nbd", "nbdcopy", "nbdinfo")
-def test_it_reads_as_qemu_reads_it(tmp_path, name):
+def test_it_reads_as_qemu_reads_it(tmp_path, served, name):
     image = make(RECIPES[name], tmp_path / "disk.qcow2")
     digest = sha256(image)
     with peers.qemu_nbd(image, "-r") as qemu:
         theirs = map_of(qemu.uri)
-    with peers.served(image) as server:
+    with served(image) as server:
         peers.qemu_img("convert", "-f", "raw", "-O", "qcow2", server.uri, tmp_path / "out.qcow2")
         ours = map_of(server.uri)
         if RECIPES[name].size <= SPAN:
@@ -55,13 +55,13 @@ def assert_same_map(ours, theirs, raw):
 
 @matrix
 @pytest.mark.peer("qemu-img", "qemu-io", "python3-libnbd")
-def test_changes_arrive_and_leave_a_clean_image(tmp_path, name):
+def test_changes_arrive_and_leave_a_clean_image(tmp_path, served, name):
     image = make(RECIPES[name], tmp_path / "disk.qcow2")
     below = {path: sha256(path) for path in tmp_path.glob("below/**/*.*")}
     model = raw_copy(image, tmp_path / "model")
     operations = tmp_path / "operations"
     operations.write_text(json.dumps(random_operations(RECIPES[name].size, name)))
-    with peers.served(image) as server:
+    with served(image) as server:
         client("apply", server.uri, operations, model)
         peers.qemu_img_compare(server.uri, model)
     peers.qemu_img_check(image)

@@ -142,6 +142,7 @@ def test_a_client_that_only_looked_does_not_count(image, folder, program):
 
 
 @BOTH
+@pytest.mark.clock
 @pytest.mark.peer("qemu-nbd", "qemu-img", "qemu-io")
 def test_persistent_it_stays(image, folder, program):
     with running(program, image, folder, "-t") as server:

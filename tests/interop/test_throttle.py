@@ -37,6 +37,7 @@ def export_uri(uri, name):
     return uri.replace("nbd+unix:///", f"nbd+unix:///{name}", 1)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("options", [(), ("-w",)], ids=["read", "write"])
 @pytest.mark.peer("qemu-img", "qemu-nbd")
 def test_400_requests_take_as_long_as_with_qemus_throttle(image, options):
@@ -52,6 +53,7 @@ def test_400_requests_take_as_long_as_with_qemus_throttle(image, options):
     assert ours == pytest.approx(1.9, rel=0.05)
 
 
+@pytest.mark.clock
 @pytest.mark.peer("qemu-img")
 def test_1000_requests_take_five_seconds(image):
     with peers.served(image, "--throttle", f"throttling.iops-total={IOPS}", "-t",
@@ -59,6 +61,7 @@ def test_1000_requests_take_five_seconds(image):
         assert bench(server.uri, 1000) == pytest.approx(4.95, rel=0.03)
 
 
+@pytest.mark.clock
 @pytest.mark.peer("qemu-img")
 def test_exports_of_one_group_share_evenly_and_the_rate_holds_for_ten_seconds(image, tmp_path):
     other = make(Recipe(64 * MIB, fill=0, commands=("write -P 1 0 8M",)), tmp_path / "b.qcow2")
@@ -75,6 +78,7 @@ def test_exports_of_one_group_share_evenly_and_the_rate_holds_for_ten_seconds(im
     assert min(first, second) == pytest.approx(max(first, second), rel=0.03)
 
 
+@pytest.mark.clock
 @pytest.mark.peer("qemu-img")
 def test_who_waits_for_his_turn_does_not_slow_down_another_export(image, tmp_path):
     other = make(Recipe(64 * MIB, fill=0, commands=("write -P 1 0 8M",)), tmp_path / "b.qcow2")
@@ -92,6 +96,7 @@ def test_who_waits_for_his_turn_does_not_slow_down_another_export(image, tmp_pat
     assert beside < 1.5 * alone
 
 
+@pytest.mark.clock
 @pytest.mark.peer("qemu-img")
 def test_bytes_are_limited_and_writethrough_pays_once(image):
     """2 MiB/s: a tenth of a second's worth at once, the rest at the rate."""
