@@ -5,7 +5,11 @@ which role, with which lock; opens from the leaves up; and closes from the root 
 flushed before what it stands on is closed.
 
 A backing file named in an image is opened read-only and shared, as QEMU does it. Its name may be
-relative to the overlay. A chain that comes back to a file it already holds is refused: such an
+relative to the overlay. A data file is opened as its image is, for reading only or not. Its name is
+a plain path, relative to the working directory, which is neither probed nor taken for a protocol's;
+that is QEMU's reading too.
+
+A chain that comes back to a file it already holds is refused: such an
 image would never finish opening, or never finish reading.
 """
 
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from nbdserve.config import ImageConfig
     from nbdserve.drivers.file import FileNode
     from nbdserve.engines.engine import Engine
+    from nbdserve.formats.qcow2.header import Header
 
 __all__ = ["FORMATS", "locked_for_creation", "open_backend"]
 
@@ -187,15 +192,7 @@ class _Opener:
     async def _open_nodes(
         self, filename: str, image_format: str | None, read_only: bool, chain: list[FileNode]
     ) -> Node:
-        file = open_file(
-            filename,
-            self._engine,
-            read_only=read_only,
-            no_flush=self._config.cache.no_flush,
-            discard=self._config.discard == "unmap" and not read_only,
-            direct=self.buffers if self._config.cache.direct else None,
-        )
-        self.opened.append(file)
+        file = self._open_file(filename, read_only)
         self._check_loop(file, chain)
         guessed = image_format is None
         if image_format is None:
@@ -210,6 +207,19 @@ class _Opener:
             f"{filename}: unknown format {image_format!r}; known are {', '.join(FORMATS)}"
         )
 
+    def _open_file(self, filename: str, read_only: bool) -> FileNode:
+        """A file, not locked yet."""
+        file = open_file(
+            filename,
+            self._engine,
+            read_only=read_only,
+            no_flush=self._config.cache.no_flush,
+            discard=self._config.discard == "unmap" and not read_only,
+            direct=self.buffers if self._config.cache.direct else None,
+        )
+        self.opened.append(file)
+        return file
+
     def _open_raw(self, file: FileNode, guessed: bool, *, is_backing: bool) -> Node:
         role = Role.RAW_RO if file.read_only else Role.RAW_RW
         file.lock(*PERMISSIONS[Role.RAW_BACKING if is_backing else role])
@@ -222,6 +232,7 @@ class _Opener:
     async def _open_qcow2(self, file: FileNode, read_only: bool, chain: list[FileNode]) -> Node:
         file.lock(*PERMISSIONS[Role.FORMAT_RO if read_only else Role.FORMAT_RW])
         header = await read_header(file)
+        data_file = self._open_data_file(header, file)
         backing = None
         if header.backing_file is not None:
             backing = await self._open_backing(
@@ -233,11 +244,27 @@ class _Opener:
             header,
             self._engine,
             self.epochs,
+            data_file=data_file,
             read_only=read_only,
             no_flush=self._config.cache.no_flush,
         )
         self.opened.append(node)
         return node
+
+    def _open_data_file(self, header: Header, image: FileNode) -> FileNode | None:
+        """The file that an image names as that of its data, if it has one (qcow2_do_open)."""
+        if not header.has_data_file or header.data_file is None:
+            return None
+        try:
+            file = self._open_file(header.data_file, image.read_only)
+            if os.path.sameopenfile(file.fd, image.fd):
+                raise ImageError(f"{file.filename}: is the image itself")
+            role = Role.DATA_FILE_RO if image.read_only else Role.DATA_FILE_RW
+            file.lock(*PERMISSIONS[role])
+        except NbdserveError as error:
+            self._overlay_named = True
+            raise type(error)(f"{image.filename}: data file {error}", error.errno) from None
+        return file
 
     async def _open_backing(
         self, name: str, image_format: str | None, chain: list[FileNode]
