@@ -158,8 +158,8 @@ class Node:
         """Sync what this node itself stores; only leaves store anything."""
 
     def presume_written(self) -> None:
-        """The next flush shall sync, as after a write: what was in the files when they were opened may
-        have been written by somebody else, and shall be durable too."""
+        """The next flush shall sync, as after a write: what was in the files when they were opened
+        may have been written by somebody else, and shall be durable too."""
         for role in ("file", "data-file"):
             child = self.children.get(role)
             if child is not None:

@@ -187,8 +187,8 @@ async def _write_data(
 
 
 def _to_end_of_cluster(image: Image, end: int) -> int:
-    """How many bytes there are from a guest offset to the end of its cluster; in a data file only up
-    to the end of the disk, so that a raw one keeps the disk's size (QEMU rounds it up)."""
+    """How many bytes there are from a guest offset to the end of its cluster; in a data file only
+    up to the end of the disk, so that a raw one keeps the disk's size (QEMU rounds it up)."""
     nb_bytes = -end & image.geometry.in_cluster
     if image.data_file is not None:
         nb_bytes = min(nb_bytes, image.geometry.size - end)

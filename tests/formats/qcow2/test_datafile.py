@@ -1,4 +1,4 @@
-"""Images whose data is in a file of its own: where it goes, what a discard leaves, what is synced."""
+"""Images whose data is in another file: where it goes, what a discard leaves, what is synced."""
 
 import errno
 
