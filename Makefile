@@ -17,10 +17,10 @@ PYTEST_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
-.PHONY: help serve test check lint types coverage bench clean
+.PHONY: help serve test check lint types coverage bench cache-table clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
 
 serve: $(VENV)/.has-run $(if $(filter demo.qcow2,$(IMAGE)),demo.qcow2)  ## serve IMAGE=path, or a 1 GiB image of its own
 	@exec $(BIN)/nbdserve serve $(SERVE_ARGS) -- "$$IMAGE"
@@ -51,6 +51,10 @@ coverage: $(VENV)/.has-test  ## run the tests and say which lines and branches t
 bench: $(VENV)/.has-run  ## compare with qemu-nbd and nbdkit; a table here, JSON in build/bench.json
 	@tools/peers.sh
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
+
+cache-table: $(VENV)/.has-test  ## observe what each cache mode calls, and write it into docs/caching.md
+	@tools/peers.sh
+	PYTHONPATH=tests $(BIN)/python -m interop.cache_modes
 
 clean:  ## remove what was made here, the demo image too
 	rm -rf $(VENV) build dist *.egg-info demo.qcow2 htmlcov .coverage .coverage.*

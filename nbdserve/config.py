@@ -12,14 +12,15 @@ Names and meanings are QEMU's (docs/interop/qemu-nbd, block/ `bdrv_parse_cache_m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
+from nbdserve.blockdev import Aio, DetectZeroes, Discard, NodeOptions, image_tree
 from nbdserve.errors import ConfigError
+from nbdserve.inherit import Effective, root_settings
 
-Discard = Literal["ignore", "unmap"]
-DetectZeroes = Literal["off", "on", "unmap"]
-Aio = Literal["threads", "io_uring", "native"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 DEFAULT_PORT = 10809
 """The port IANA assigned to NBD."""
@@ -54,6 +55,10 @@ CACHE_MODES: dict[str, CacheMode] = {
     )
 }
 """The modes by their name on the command line (follows ``bdrv_parse_cache_mode``)."""
+
+
+CACHE_AUTO = CacheMode("auto", direct=True, no_flush=False, writeback=True)
+"""As none where io_uring and O_DIRECT are to be had for all files, else as writeback (graph.py)."""
 
 
 MAX_LIMIT = 10**15
@@ -109,21 +114,21 @@ class ThrottleLimits:
             for name, limit in parts:
                 if total[1].average and limit.average:
                     raise ConfigError(
-                        f"--throttle: {total[0]} and {name} cannot both be set:"
+                        f"{total[0]} and {name} cannot both be set:"
                         " the total counts reads and writes already"
                     )
         _check_range("iops-size", self.iops_size)
         if self.iops_size and not any(
             limit.average for name, limit in self.rates() if name.startswith("iops")
         ):
-            raise ConfigError("--throttle: iops-size needs iops-total, iops-read or iops-write")
+            raise ConfigError("iops-size needs iops-total, iops-read or iops-write")
 
 
 def _check_range(name: str, value: int) -> None:
     if value < 0:
-        raise ConfigError(f"--throttle: {name}: {value} is negative")
+        raise ConfigError(f"{name}: {value} is negative")
     if value > MAX_LIMIT:
-        raise ConfigError(f"--throttle: {name}: {value} is more than {MAX_LIMIT}")
+        raise ConfigError(f"{name}: {value} is more than {MAX_LIMIT}")
 
 
 def _check_rate(name: str, limit: RateLimit) -> None:
@@ -131,18 +136,18 @@ def _check_rate(name: str, limit: RateLimit) -> None:
     _check_range(name, limit.average)
     _check_range(f"{name}-max", limit.maximum)
     if limit.length < 1:
-        raise ConfigError(f"--throttle: {name}-max-length: {limit.length} is less than 1 second")
+        raise ConfigError(f"{name}-max-length: {limit.length} is less than 1 second")
     if limit.length > 1 and not limit.maximum:
-        raise ConfigError(f"--throttle: {name}-max-length needs {name}-max")
+        raise ConfigError(f"{name}-max-length needs {name}-max")
     if limit.maximum and not limit.average:
-        raise ConfigError(f"--throttle: {name}-max needs {name}")
+        raise ConfigError(f"{name}-max needs {name}")
     if limit.maximum and limit.maximum < limit.average:
         raise ConfigError(
-            f"--throttle: {name}-max: {limit.maximum} is below {name}, {limit.average}"
+            f"{name}-max: {limit.maximum} is below {name}, {limit.average}"
         )
     if limit.maximum * limit.length > MAX_LIMIT:
         raise ConfigError(
-            f"--throttle: {name}-max-length: {limit.length} seconds of {limit.maximum} are"
+            f"{name}-max-length: {limit.length} seconds of {limit.maximum} are"
             f" more than {MAX_LIMIT}"
         )
 
@@ -159,18 +164,20 @@ class ThrottleConfig:
 
     def __post_init__(self) -> None:
         if self.group == "":
-            raise ConfigError("--throttle: the group's name is empty")
+            raise ConfigError("the group's name is empty")
         if self.group is None and not self.limits.options():
-            raise ConfigError("--throttle: no limit is given")
+            raise ConfigError("no limit is given")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
     """The image to open, and the window of it to serve.
 
-    ``format`` is a driver's name, None to probe. ``aio`` is the I/O engine's, None for
-    the fastest that is correct. ``offset`` is in bytes: the served
-    disk begins there in the guest's disk.
+    ``filename`` and ``format`` (a driver's name, None to probe) stand for a tree of nodes;
+    ``options`` give the tree node by node, and ``filename`` is then what the image is called.
+    What else is here is for the nodes that have no such option of their own; ``aio`` None is the
+    fastest I/O engine that is correct. ``offset`` is in bytes: the served disk begins there in
+    the guest's disk.
     """
 
     filename: str
@@ -182,6 +189,8 @@ class ImageConfig:
     offset: int = 0
     aio: Aio | None = None
     throttle: ThrottleConfig | None = None
+    force_share: bool = False
+    options: NodeOptions | None = None
 
     def __post_init__(self) -> None:
         if not self.filename:
@@ -190,8 +199,27 @@ class ImageConfig:
             raise ConfigError(f"the image's file name {self.filename!r} contains a NUL byte")
         if self.offset < 0:
             raise ConfigError(f"--offset: {self.offset} is negative")
-        if self.detect_zeroes == "unmap" and self.discard != "unmap":
-            raise ConfigError("--detect-zeroes=unmap needs --discard=unmap")
+        if self.options is not None and self.format is not None:
+            raise ConfigError("a format cannot be given beside the image's options")
+        root_settings(self.tree, self.flags)
+
+    @property
+    def tree(self) -> NodeOptions:
+        """What is asked of the uppermost node and all below it."""
+        return self.options or image_tree(self.filename, self.format)
+
+    @property
+    def flags(self) -> Effective:
+        """What the uppermost node does where its own options say nothing."""
+        return Effective(
+            read_only=self.read_only,
+            force_share=self.force_share,
+            direct=self.cache.direct,
+            no_flush=self.cache.no_flush,
+            discard=self.discard,
+            detect_zeroes=self.detect_zeroes,
+            aio=self.aio,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +263,9 @@ class ListenConfig:
 class ServeConfig:
     """One run of the server.
 
-    ``max_clients`` 0 means any number. Without ``persistent`` the server ends when the
-    last client has left; it always waits for the first.
+    ``others`` are served beside ``image`` and ``export``. ``groups``: throttle groups by name, for
+    throttles and throttle nodes to refer to. ``max_clients`` 0 means any number. Without
+    ``persistent`` the server ends when the last client has left; it always waits for the first.
     """
 
     image: ImageConfig
@@ -246,8 +275,19 @@ class ServeConfig:
     persistent: bool = True
     pid_file: str | None = None
     verbose: bool = False
+    others: tuple[tuple[ImageConfig, ExportConfig], ...] = ()
+    groups: Mapping[str, ThrottleLimits] = field(default_factory=dict)
+
+    def served(self) -> Iterator[tuple[ImageConfig, ExportConfig]]:
+        """All images with their exports, the first one first."""
+        yield self.image, self.export
+        yield from self.others
 
     def __post_init__(self) -> None:
+        names = [export.name for _, export in self.served()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"the export name {name!r} is given twice")
         if self.max_clients < 0:
             raise ConfigError(f"--shared: {self.max_clients} is negative")
         if self.pid_file == "":

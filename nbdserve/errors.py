@@ -13,6 +13,11 @@ ours; bugs are ordinary Python exceptions and are never caught as one of these.
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class NbdserveError(Exception):
@@ -47,7 +52,20 @@ class CorruptImage(ImageError):
     default_errno = errno.EIO
 
 
+class NoDirectIOError(ImageError):
+    """A file, or what it is on, that cannot be opened with O_DIRECT."""
+
+
 class LockedError(ImageError):
     """Another process holds a lock on the image that excludes what we want to do with it."""
 
     default_errno = errno.EAGAIN
+
+
+@contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Put the name of an option or a file before what is wrong with it."""
+    try:
+        yield
+    except NbdserveError as error:
+        raise type(error)(f"{subject}: {error}", error.errno) from None

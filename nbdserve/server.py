@@ -11,7 +11,8 @@ The order is the law of this module:
    gone may open the image.
 
 Signals are received from before 1 until after 5, so that a second one interrupts
-nothing. What one connection does wrong ends that connection alone.
+nothing. SIGUSR1 stops nothing: it has the statistics logged, which is also done at the end
+if the server is verbose. What one connection does wrong ends that connection alone.
 
 Life cycle and client limit follow qemu-nbd (``nbd_accept``, ``nbd_client_closed``,
 ``nbd_update_server_watch``): at the limit nobody is turned away, the next client waits
@@ -34,15 +35,17 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.errors import ConfigError
-from nbdserve.graph import open_backend
+from nbdserve.graph import open_backend, shared_by_drives
 from nbdserve.listeners import Listeners, nbd_uri, open_listeners
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
+from nbdserve.statistics import log_statistics, plain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Sequence
 
+    from nbdserve.block.completions import Completions
     from nbdserve.config import ListenConfig, ServeConfig
 
 SHUTDOWN_TIMEOUT = 5.0
@@ -65,6 +68,8 @@ takes two turns, which costs a fifth of the throughput. TCP tunes its buffers it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Those that end qemu-nbd in order."""
 
+STATISTICS_SIGNAL = signal.SIGUSR1
+
 log = logging.getLogger("nbdserve.server")
 
 
@@ -73,51 +78,69 @@ class Ready:
     """What can be told once clients are accepted.
 
     ``where`` has the port the kernel chose, or the absolute path of the unix socket;
-    ``size`` is the export's, in bytes.
+    ``uri``, ``size`` (in bytes) and ``read_only`` are the first export's; ``others``: the URIs of
+    the rest.
     """
 
     uri: str
     where: ListenConfig
     size: int
     read_only: bool
+    others: Sequence[str] = ()
 
 
 async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> None:
     """Serve an image until a stop signal, or until the last client has left.
 
     Must run in the main thread. ``on_ready`` is called once, when clients are accepted and
-    the pid file is written; what it raises stops the server.
+    the pid file is written; what it raises stops the server. A caller who does not want to be
+    killed by a SIGUSR1 that comes too early or too late ignores it before.
 
     :raises NbdserveError: the image is refused, or an option cannot be honoured.
     :raises OSError: the last flush failed, or the image could not be closed.
     """
-    with _single_exception(), trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+    received = (*STOP_SIGNALS, STATISTICS_SIGNAL)
+    with _single_exception(), trio.open_signal_receiver(*received) as signals:
         async with trio.open_nursery() as nursery:
-            stop = trio.Event()
-            nursery.start_soon(_watch_signals, signals, stop)
-            await _serve_until(stop, config, on_ready)
+            wishes = _Wishes()
+            nursery.start_soon(_watch_signals, signals, wishes)
+            try:
+                await _serve_until(wishes, config, on_ready)
+            finally:
+                if config.verbose:
+                    wishes.report()
             nursery.cancel_scope.cancel()
 
 
+class _Wishes:
+    """What signals ask for. `report` logs the statistics, once there is a server that has some."""
+
+    def __init__(self) -> None:
+        self.stop = trio.Event()
+        self.report: Callable[[], None] = lambda: None
+
+
 async def _serve_until(
-    stop: trio.Event, config: ServeConfig, on_ready: Callable[[Ready], None]
+    wishes: _Wishes, config: ServeConfig, on_ready: Callable[[Ready], None]
 ) -> None:
-    with contextlib.ExitStack() as at_end:
-        async with open_backend(config.image) as backend:
-            export = Export(
-                config.export.name,
-                backend,
-                config.export.description,
-                multi_conn=config.max_clients != 1,
-            )
+    with contextlib.ExitStack() as at_end, shared_by_drives(config.groups) as shared:
+        async with contextlib.AsyncExitStack() as drives:
+            exports = []
+            for image, what in config.served():
+                backend = await drives.enter_async_context(open_backend(image, shared))
+                multi_conn = config.max_clients != 1
+                exports.append(Export(what.name, backend, what.description, multi_conn=multi_conn))
             listeners = await open_listeners(config.listen, backlog=_backlog(config))
             at_end.callback(listeners.remove)
             if config.pid_file is not None:
                 at_end.enter_context(pid_file(config.pid_file))
-            uri = nbd_uri(listeners.where, config.export.name)
-            on_ready(Ready(uri, listeners.where, backend.size, backend.read_only))
-            log.info("serving %s at %s", backend.filename, uri)
-            server = _Server(listeners, [export], config, stop)
+            uris = [nbd_uri(listeners.where, export.name) for export in exports]
+            first = exports[0].backend
+            on_ready(Ready(uris[0], listeners.where, first.size, first.read_only, uris[1:]))
+            for export, uri in zip(exports, uris, strict=True):
+                log.info("serving %s at %s", export.backend.filename, uri)
+            server = _Server(listeners, exports, config, wishes.stop)
+            wishes.report = server.log_statistics
             await server.run()
 
 
@@ -136,10 +159,14 @@ class _Server:
         self._max_clients = config.max_clients
         self._persistent = config.persistent
         self._stop = stop
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, str] = {}  # with the client's name
+        self._nb_accepted = 0
+        self._started = trio.current_time()
         self._room = trio.lowlevel.ParkingLot()
-        engines = {engine for export in exports for engine in export.backend.engines}
-        self._poller = Poller(list(engines))
+        self._engines: list[Completions] = list(
+            {engine for export in exports for engine in export.backend.engines}
+        )
+        self._poller = Poller(self._engines)
         for export in exports:
             export.backend.on_wait = self._poller.waits
 
@@ -193,8 +220,9 @@ class _Server:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setblocking(False)
             connection = Connection(sock, self._exports, self._poller, log=log.getChild("client"))
-            self._connections.add(connection)
             name = "{}:{}".format(*address[:2]) if address else "on the unix socket"
+            self._connections[connection] = name
+            self._nb_accepted += 1
             clients.start_soon(self._run_client, connection, sock, name)
 
     async def _run_client(
@@ -209,17 +237,49 @@ class _Server:
             log.debug("client %s", name, exc_info=True)
         finally:
             sock.close()
-            self._connections.discard(connection)
+            self._connections.pop(connection)
             self._room.unpark_all()
         log.info("client %s left", name)
         if not self._persistent and not self._connections and connection.negotiated:
             self._stop.set()
 
+    def statistics(self) -> dict[str, object]:
+        """All counters there are, as json can hold them; docs/statistics.md says what they mean."""
+        tree: dict[str, object] = plain(
+            {
+                "seconds": trio.current_time() - self._started,
+                "clients": len(self._connections),
+                "accepted": self._nb_accepted,
+                "exports": {
+                    export.name: export.backend.statistics() for export in self._exports
+                },
+                "connections": [
+                    {"client": name, **connection.statistics()}
+                    for connection, name in self._connections.items()
+                ],
+                "engines": [
+                    {"name": engine.name, **plain(engine.statistics())}
+                    for engine in self._engines
+                ],
+            }
+        )
+        return tree
 
-async def _watch_signals(signals: AsyncIterator[int], stop: trio.Event) -> None:
+    def log_statistics(self) -> None:
+        """Log them. Never raises: who serves shall not suffer from who asks."""
+        try:
+            log_statistics(self.statistics())
+        except Exception:
+            log.exception("internal error in the statistics")
+
+
+async def _watch_signals(signals: AsyncIterator[int], wishes: _Wishes) -> None:
     async for number in signals:
-        log.info("stopping: %s", signal.Signals(number).name)
-        stop.set()
+        if number == STATISTICS_SIGNAL:
+            wishes.report()
+        else:
+            log.info("stopping: %s", signal.Signals(number).name)
+            wishes.stop.set()
 
 
 def _backlog(config: ServeConfig) -> int:

@@ -17,7 +17,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     missing = sorted(name for name in wanted if not peers.have(name))
     if not missing:
         return
-    reason = f"not installed here: {', '.join(missing)} (tools/peers.sh installs them)"
+    reason = f"not here, or not allowed to run: {', '.join(missing)} (tools/peers.sh installs them)"
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}; CI=true, so this is a failure", pytrace=False)
     pytest.skip(reason)

@@ -5,7 +5,8 @@ has some switches, all off at first:
 
 * `would_block`: the synchronous way always says that it would have to wait;
 * `miss`: what `resolve` answers instead of runs;
-* `queues`: flushes may be submitted; and `fua`: writes with FUA;
+* `queues`: flushes may be submitted; `fua`: writes with FUA; `flushed`: there is nothing to flush,
+  which cannot be done any more once `failed` is set;
 * `fail_at(n, errno)`: the nth operation from now raises OSError, on whichever way it comes;
 * `hold()`: what takes the asynchronous way is stuck until `release()`.
 
@@ -41,6 +42,8 @@ class MemoryLeaf(Leaf):
         self.would_block = False
         self.miss: Miss | None = None
         self.queues = False
+        self.flushed = False
+        self.failed: OSError | None = None
         self.waiting = 0
         self._failures: dict[int, int] = {}  # operations left until then -> errno
         self._stuck: list[trio.Event] | None = None
@@ -172,7 +175,9 @@ class MemoryLeaf(Leaf):
         ]
 
     def flush_nowait(self) -> bool:
-        return False
+        if self.failed is not None:
+            raise self.failed
+        return self.flushed
 
     def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
         if not self.queues:

@@ -23,15 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 # A module of the distribution's own Python, invisible to a virtual environment.
 LIBNBD = "python3-libnbd"
+# Installed is not enough: containers may forbid ptrace.
+STRACE = "strace"
 SYSTEM_PYTHON = "/usr/bin/python3"
 # nbd-client is in /usr/sbin, which is not on every user's PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 URI = re.compile(r"\bnbds?(?:\+unix)?://\S+")
+NBDSERVE = (sys.executable, "-m", "nbdserve")
 GREETING = b"NBDMAGIC"
 READY_SECONDS = 15.0  # far above what a start takes, so that a loaded machine fails no test
 STOP_SECONDS = 30.0  # an orderly stop may have data to flush
@@ -52,6 +55,9 @@ def have(program: str) -> bool:
             return subprocess.run(probe, capture_output=True, check=False).returncode == 0
         except FileNotFoundError:
             return False
+    if program == STRACE and shutil.which(program) is not None:
+        probe = [program, "-o", os.devnull, "true"]
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
     return shutil.which(program, path=SEARCH_PATH) is not None
 
 
@@ -169,9 +175,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(image: PathLike, *options: str, command: str = "serve", bind: str | None = None
-           ) -> Iterator[Server]:
-    """Our server as a process of its own: on a unix socket, or on a free port of address `bind`.
+def served(image: PathLike, *options: str, command: str = "serve", bind: str | None = None,
+           program: Sequence[PathLike] = NBDSERVE) -> Iterator[Server]:
+    """Our server as a process of its own: on a unix socket, or on a free port of address `bind`;
+    `program` is another way to start it.
 
     Ready means what it means to a user: `serve` has the URI on stdout; `command="qemu-nbd"`,
     which prints nothing, greets a client.  Afterwards it is stopped by SIGTERM; what must
@@ -183,17 +190,19 @@ def served(image: PathLike, *options: str, command: str = "serve", bind: str | N
 
     def argv(socket_path: pathlib.Path) -> list[str]:
         where = ["-k", str(socket_path)] if bind is None else ["-b", bind, "-p", "0"]
-        return [sys.executable, "-m", "nbdserve", command, *where, *options, os.fspath(image)]
+        words = [*program, command, *where, *options, image]
+        return [os.fspath(word) for word in words]
 
     with _running(argv, ready if command == "serve" else _greets) as server:
         yield server
 
 
 @contextlib.contextmanager
-def qemu_nbd(image: PathLike, *options: str, format: str = "qcow2") -> Iterator[Server]:
+def qemu_nbd(image: PathLike, *options: str, format: str = "qcow2",
+             program: Sequence[str] = ("qemu-nbd",)) -> Iterator[Server]:
     """qemu-nbd on a unix socket, for any number of clients, until it is told to stop."""
     def argv(socket_path: pathlib.Path) -> list[str]:
-        return ["qemu-nbd", "-k", str(socket_path), "--persistent", "--shared=0",
+        return [*program, "-k", str(socket_path), "--persistent", "--shared=0",
                 "-f", format, *options, os.fspath(image)]
 
     with _running(argv, _greets) as server:

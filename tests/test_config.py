@@ -4,8 +4,16 @@ import errno
 
 import pytest
 
+from nbdserve.blockdev import image_tree
 from nbdserve.config import CACHE_MODES, ExportConfig, ImageConfig, ListenConfig, ServeConfig
-from nbdserve.errors import ConfigError, CorruptImage, ImageError, LockedError, NbdserveError
+from nbdserve.errors import (
+    ConfigError,
+    CorruptImage,
+    ImageError,
+    LockedError,
+    NbdserveError,
+    naming,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +42,7 @@ def test_there_are_five_cache_modes():
         (lambda: ImageConfig(""), "file name is empty"),
         (lambda: ImageConfig("a\0b"), "NUL"),
         (lambda: ImageConfig("a", offset=-1), "--offset"),
-        (lambda: ImageConfig("a", discard="ignore", detect_zeroes="unmap"), "--discard=unmap"),
+        (lambda: ImageConfig("a", discard="ignore", detect_zeroes="unmap"), "discard=unmap"),
         (lambda: ExportConfig("x" * 4097), "--export-name"),
         (lambda: ExportConfig("é" * 2049), "4098 bytes"),
         (lambda: ExportConfig("a\0b"), "--export-name"),
@@ -73,6 +81,29 @@ def test_every_error_has_an_errno(kind, default):
     assert kind("words").errno == default
     assert kind("words", errno.ENOENT).errno == errno.ENOENT
     assert str(kind("words")) == "words"
+
+
+def test_an_error_is_told_with_what_it_is_about():
+    with pytest.raises(LockedError) as caught, naming("--option"):
+        raise LockedError("words", errno.ENOENT)
+    assert (str(caught.value), caught.value.errno) == ("--option: words", errno.ENOENT)
+    with pytest.raises(OSError, match=r"^words$"), naming("--option"):
+        raise OSError("words")
+
+
+def test_a_server_may_have_several_exports():
+    one, two = (ImageConfig("a"), ExportConfig()), (ImageConfig("b"), ExportConfig("two"))
+    assert list(ServeConfig(*one).served()) == [one]
+    assert list(ServeConfig(*one, others=(two,)).served()) == [one, two]
+    with pytest.raises(ConfigError, match="the export name 'two' is given twice"):
+        ServeConfig(*one, others=(two, two))
+
+
+def test_options_and_a_format_exclude_each_other():
+    options = image_tree("a", "raw")
+    assert ImageConfig("a", options=options).tree is options
+    with pytest.raises(ConfigError, match="a format cannot be given beside"):
+        ImageConfig("a", "raw", options=options)
 
 
 def test_corrupt_and_locked_images_are_image_errors():

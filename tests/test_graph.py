@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from fakes import no_descriptor_left
-from nbdserve import graph
+from nbdserve import opener
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.units import align_up
 from nbdserve.config import CACHE_MODES, ImageConfig
@@ -26,7 +26,8 @@ from nbdserve.errors import ConfigError, ImageError, LockedError
 from nbdserve.formats.qcow2.create import create_image
 from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.raw import RawNode
-from nbdserve.graph import MAX_CHAIN, open_backend
+from nbdserve.graph import open_backend
+from nbdserve.opener import MAX_CHAIN
 
 MIB = 1 << 20
 
@@ -131,9 +132,8 @@ async def test_an_empty_file_is_an_empty_raw_disk(tmp_path):
 
 
 async def test_other_formats_are_refused(tmp_path, raw):
-    assert await refusal(config(raw, format="vdi")) == (
-        f"{raw}: unknown format 'vdi'; known are qcow2, raw"
-    )
+    with pytest.raises(ImageError, match=r"disk\.img: unknown format 'vdi'; known are qcow2, raw"):
+        config(raw, format="vdi")
     (tmp_path / "x.vmdk").write_bytes(b"KDMV" + bytes(508))
     assert "vmdk" in await refusal(config(tmp_path / "x.vmdk"))
     assert str(raw) in await refusal(config(raw, format="qcow2"))
@@ -266,14 +266,13 @@ async def test_behind_file_a_name_is_relative_to_where_we_are(
 
 
 @pytest.mark.parametrize(
-    "name",
-    ['json:{"driver":"file"}', "nbd://localhost/x", "nbd:localhost:1", "http://x/y", "fat:x", ":x"],
+    "name", ["nbd://localhost/x", "nbd:localhost:1", "http://x/y", "fat:x", ":x"]
 )
 async def test_a_backing_file_that_is_no_file_is_refused(make, name):
     top = make("top.qcow2", name, "raw")
-    assert await refusal(config(top)) == (
-        f"{top}: the backing file {name!r} is not a plain file name"
-    )
+    protocol = name.partition(":")[0]
+    message = await refusal(config(top))
+    assert message.startswith(f"{top}: backing file {name}: unknown protocol {protocol!r}")
 
 
 async def test_a_colon_behind_a_slash_is_part_of_a_name(make, tmp_path):
@@ -368,7 +367,7 @@ async def test_a_longer_chain_is_refused_in_one_short_line(tmp_path, make):
     path = make_chain(make, MAX_CHAIN + 2)
     message = await refusal(config(path))
     assert message == (
-        f"{tmp_path}/2: backing file {tmp_path}/1: "
+        f"{tmp_path}/1: backing file {tmp_path}/0: "
         f"the backing chain is longer than {MAX_CHAIN} images"
     )
 
@@ -435,7 +434,7 @@ async def test_it_is_opened_as_its_image_is(with_data, read_only):
         data_file = backend.root.children["data-file"]
         assert data_file.read_only is read_only
         assert data_file.no_flush
-        assert not data_file._discard
+        assert data_file._discard is not read_only  # the image decides what it passes on
 
 
 async def test_two_images_do_not_write_to_one_data_file(tmp_path, with_data):
@@ -454,7 +453,8 @@ async def test_an_image_is_not_its_own_data_file(with_data):
     with_data.with_name("data.raw").unlink()
     os.link(with_data, with_data.with_name("data.raw"))
     for read_only in (False, True):
-        assert "is the image itself" in await refusal(config(with_data, read_only=read_only))
+        message = await refusal(config(with_data, read_only=read_only))
+        assert message.endswith("data.raw: holds an image of this chain already")
 
 
 # --- locks -----------------------------------------------------------------------------------
@@ -775,7 +775,7 @@ async def test_cancelled_while_opening(chain, monkeypatch):
     async def forever(*_, **__):
         await trio.sleep_forever()
 
-    monkeypatch.setattr(graph, "open_qcow2", forever)
+    monkeypatch.setattr(opener, "open_qcow2", forever)
     with trio.move_on_after(0.05) as scope:
         async with open_backend(config(chain)):
             pytest.fail("it was opened")

@@ -6,9 +6,8 @@ import trio
 from fakes import no_descriptor_left
 from nbdserve.block.backend import BlockBackend
 from nbdserve.config import ImageConfig, RateLimit, ThrottleConfig, ThrottleLimits
-from nbdserve.filters.throttle_group import ThrottleGroups
 from nbdserve.formats.qcow2.create import create_image
-from nbdserve.graph import open_backend
+from nbdserve.graph import open_backend, shared_by_drives
 
 
 def config(path, **options):
@@ -19,6 +18,12 @@ def config(path, **options):
 def nothing_left_open():
     with no_descriptor_left():
         yield
+
+
+@pytest.fixture
+def shared():
+    with shared_by_drives() as shared:
+        yield shared
 
 
 @pytest.fixture
@@ -73,13 +78,12 @@ async def test_a_throttle_limits_its_backend_and_no_other(make, quick):
         assert slow.statistics()["throttle"].group == str(one.filename)
 
 
-async def test_a_group_is_shared_by_all_that_name_it(make, quick):
-    groups = ThrottleGroups()
+async def test_a_group_is_shared_by_all_that_name_it(make, quick, shared):
     one = config(make("one"), throttle=limited(1000, "g"))
     other = config(make("other"), throttle=limited(10, "g"))  # the last one wins
     third = config(make("third"), throttle=ThrottleConfig(group="g"))
-    async with open_backend(one, groups) as a, open_backend(other, groups) as b:
-        async with open_backend(third, groups) as c:
+    async with open_backend(one, shared) as a, open_backend(other, shared) as b:
+        async with open_backend(third, shared) as c:
             took = await seconds_of([a, b, c], 10)
             # 28 after the first burst, which may all be one's.
             assert max(took) == pytest.approx(2.8, abs=0.1)
@@ -87,19 +91,18 @@ async def test_a_group_is_shared_by_all_that_name_it(make, quick):
         assert await seconds_of([a], 11) == [pytest.approx(1.1, abs=0.2)]
 
 
-async def test_without_a_name_nothing_is_shared(make, quick):
-    path, groups = make("image"), ThrottleGroups()
+async def test_without_a_name_nothing_is_shared(make, quick, shared):
+    path = make("image")
     one = config(path, read_only=True, throttle=limited(10))
-    async with open_backend(one, groups) as a, open_backend(one, groups) as b:
+    async with open_backend(one, shared) as a, open_backend(one, shared) as b:
         assert await seconds_of([a, b], 12) == pytest.approx([1.0, 1.0], abs=0.1)
 
 
-async def test_what_waits_when_the_image_is_closed_is_cut_off(make, quick):
-    groups = ThrottleGroups()
+async def test_what_waits_when_the_image_is_closed_is_cut_off(make, quick, shared):
     one = config(make("one"), throttle=limited(1, "g"))
     other = config(make("other"), throttle=limited(1, "g"))
-    async with open_backend(other, groups) as stays:
-        async with open_backend(one, groups) as backend:
+    async with open_backend(other, shared) as stays:
+        async with open_backend(one, shared) as backend:
             for _ in range(20):
                 backend.nursery.start_soon(read, backend, 0, 512)
             await trio.sleep(0.5)

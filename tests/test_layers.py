@@ -18,23 +18,29 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "nbdserve"
 
 # What a layer may import from the project, lowest first.  The package itself (nbdserve, for its
-# version) is open to all.  drivers/ is absent from all rows but graph's: graph.py alone knows
-# every driver.  cli/ may use formats/ for what opens no tree: making an image.
+# version) is open to all.  drivers/ is absent from all rows but opener's and graph's: they alone
+# know every driver.  cli/ may use formats/ for what opens no tree: making an image.
+NODE_OPTIONS = {"imageopts", "blockdev", "inherit"}
 BLOCK_STACK = {"errors", "config", "block"}
 MAY_IMPORT = {
     "errors": set(),
     "units": {"errors"},
-    "config": {"errors"},
+    "imageopts": {"errors"},
+    "blockdev": {"errors", "units", "imageopts"},
+    "inherit": {"errors", "blockdev"},
+    "config": {"errors"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
+    "statistics": {"block"},
     "block": {"errors"},
     "engines": {"errors"},
     "drivers": BLOCK_STACK | {"engines"},
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
-    "graph": BLOCK_STACK | {"engines", "drivers", "formats", "filters"},
-    "server": BLOCK_STACK | {"listeners", "nbd", "graph"},
-    "cli": BLOCK_STACK | {"units", "listeners", "formats", "graph", "server"},
+    "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters"},
+    "graph": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "opener"},
+    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics"},
+    "cli": BLOCK_STACK | NODE_OPTIONS | {"units", "listeners", "formats", "graph", "server"},
     "__main__": {"cli"},
 }
 

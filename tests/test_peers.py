@@ -89,7 +89,7 @@ def test_a_missing_peer_is_skipped_aloud_but_fails_in_ci(tmp_path, monkeypatch, 
          tmp_path, "-o", "markers=peer", tmp_path],
         cwd=tmp_path, capture_output=True, text=True, check=False).stdout
     assert summary in said
-    assert "not installed here: no-such-program" in said
+    assert "not here, or not allowed to run: no-such-program" in said
 
 
 def test_every_peer_that_a_test_names_is_one_that_is_installed() -> None:

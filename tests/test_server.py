@@ -14,9 +14,17 @@ from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from nbdserve import server
-from nbdserve.config import ExportConfig, ImageConfig, ListenConfig, ServeConfig
+from nbdserve.config import (
+    ExportConfig,
+    ImageConfig,
+    ListenConfig,
+    RateLimit,
+    ServeConfig,
+    ThrottleLimits,
+)
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.listeners import open_listeners
 
@@ -43,9 +51,11 @@ class World:
 
     def __init__(self):
         self.happened = []
+        self.shared = []
         self.connections = []
         self.open_error = None
         self.close_error = None
+        self.statistics_error = None
 
 
 class FakeBackend:
@@ -56,6 +66,17 @@ class FakeBackend:
 
     def __init__(self, world):
         self.world = world
+
+    def statistics(self):
+        if self.world.statistics_error is not None:
+            raise self.world.statistics_error
+        return {
+            "requests": {"rd_operations": 7},
+            "left": {"connections": 0},
+            "misses": {},
+            "nodes": {},
+            "closed": "closed" in self.world.happened,
+        }
 
     def drain_begin(self):
         assert not any(connection.asked.is_set() for connection in self.world.connections)
@@ -73,6 +94,9 @@ class FakeConnection:
         self.asked = trio.Event()
         self.reading = None
         world.connections.append(self)
+
+    def statistics(self):
+        return {"export": "", "wr_operations": 3} if self.negotiated else {}
 
     def shutdown(self):
         self.asked.set()
@@ -106,11 +130,12 @@ def world(monkeypatch):
     world = World()
 
     @contextlib.asynccontextmanager
-    async def open_backend(config):
+    async def open_backend(config, shared):
         await trio.lowlevel.checkpoint()
         if world.open_error is not None:
             raise world.open_error
         world.happened.append("opened")
+        world.shared.append(shared)
         try:
             world.backend = FakeBackend(world)
             yield world.backend
@@ -167,6 +192,23 @@ async def test_ready_tells_where_and_what(folder, world):
         async with await dial(folder / "s"):
             [export] = world.connections[0].exports
             assert export.name == "my disk"
+
+
+async def test_several_images_share_what_they_share(folder, world):
+    others = tuple((ImageConfig(name), ExportConfig(name, "other")) for name in ("two", "three"))
+    groups = {"g": ThrottleLimits(iops_total=RateLimit(5))}
+    async with serving(config_for(folder / "s", others=others, groups=groups)) as (ready, _):
+        assert ready.uri == f"nbd+unix:///?socket={folder}/s"
+        others = [f"nbd+unix:///{name}?socket={folder}/s" for name in ("two", "three")]
+        assert ready.others == others
+        async with await dial(folder / "s"):
+            exports = world.connections[0].exports
+            assert [export.name for export in exports] == ["", "two", "three"]
+            assert [export.description for export in exports] == ["", "other", "other"]
+        assert len({id(shared) for shared in world.shared}) == 1
+        member = world.shared[0].groups.join_existing("g")
+        assert member.group.limits == groups["g"]
+    assert world.happened == ["opened"] * 3 + ["drained"] * 3 + ["closed"] * 3
 
 
 async def test_the_image_is_opened_before_and_closed_before_the_socket_goes(folder, world):
@@ -228,6 +270,95 @@ async def test_a_signal_stops_in_order(folder, world, number):
         await ended.wait()
     assert world.happened == ["opened", "drained", "closed"]
     assert list(folder.iterdir()) == []
+
+
+def statistics_in(caplog):
+    return [
+        message
+        for name, _, message in caplog.record_tuples
+        if name == "nbdserve.statistics"
+    ]
+
+
+async def asked_for_statistics(caplog, nb_lines):
+    """Send the signal; the lines that it had logged."""
+    caplog.clear()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    await until(lambda: len(statistics_in(caplog)) >= nb_lines)
+    return statistics_in(caplog)
+
+
+async def until(condition):
+    while not condition():  # noqa: ASYNC110 - it is a log that is waited for
+        await trio.sleep(0.001)
+
+
+async def test_sigusr1_logs_the_statistics_and_disturbs_nobody(folder, world, caplog):
+    async with (
+        serving(config_for(folder / "s")) as (_, ended),
+        await dial(folder / "s") as client,
+        await dial(folder / "s") as other,
+    ):
+        assert await say(client, b"go") == b"ok\n"
+        for _ in range(3):
+            head, *lines = await asked_for_statistics(caplog, 4)
+            assert head.startswith("statistics server seconds=")
+            assert head.endswith(" clients=2 accepted=2")
+            assert lines == [
+                'statistics export export="" rd_operations=7',
+                'statistics connection client="on the unix socket" export="" wr_operations=3',
+                'statistics connection client="on the unix socket"',
+            ]
+        assert await say(other, b"go") == b"ok\n"
+        assert not ended.is_set()
+        assert world.happened == ["opened"]
+        caplog.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended.wait()
+    assert statistics_in(caplog) == []
+    assert world.happened == ["opened", "drained", "closed"]
+
+
+async def test_statistics_and_stop_at_once_both_happen(folder, world, caplog):
+    async with serving(config_for(folder / "s")) as (_, ended):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended.wait()
+    assert len(statistics_in(caplog)) == 2
+
+
+async def test_a_verbose_server_logs_them_when_the_image_is_closed(folder, world, caplog):
+    async with serving(config_for(folder / "s", verbose=True)):
+        pass
+    assert [line for line in statistics_in(caplog) if "closed=true" in line]
+
+
+async def test_a_bug_in_the_statistics_is_no_reason_to_stop(folder, world, caplog):
+    world.statistics_error = RuntimeError("a bug")
+    async with (
+        serving(config_for(folder / "s", verbose=True)) as (_, ended),
+        await dial(folder / "s") as client,
+    ):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await until(lambda: "a bug" in caplog.text)
+        assert await say(client, b"go") == b"ok\n"
+        assert not ended.is_set()
+
+
+async def test_asked_while_the_image_is_opened_nothing_happens(folder, world, monkeypatch, caplog):
+    inner = server.open_backend
+
+    @contextlib.asynccontextmanager
+    async def open_slowly(*config):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await trio.testing.wait_all_tasks_blocked()
+        async with inner(*config) as backend:
+            yield backend
+
+    monkeypatch.setattr(server, "open_backend", open_slowly)
+    async with serving(config_for(folder / "s")) as (ready, _):
+        assert ready.size == 1 << 20
+        assert statistics_in(caplog) == []
 
 
 async def test_what_is_in_flight_is_finished(folder, world):

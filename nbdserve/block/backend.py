@@ -2,7 +2,8 @@
 
 Everything that belongs to the drive and not to a node is here, once: bounds, the write cache
 setting (WCE) that turns writes into FUA writes, the emulation of FUA (`_make_durable`), zero
-detection, the statistics; and the two ways of a request.
+detection, the accounts (kept here, credited by who answers: block/account.py); and the two ways of
+a request.
 
 * `*_nowait` does a request at once if its range resolves and the leaves need not wait. It makes no
   task and awaits nothing. A `Miss` means: nothing was done, take the other way.
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nbdserve.block.account import Accounts
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.completions import plug_of
 from nbdserve.block.emulate import is_zero
@@ -46,7 +48,7 @@ class BlockBackend:
     """A drive: `root` is the tree, `nursery` where requests run that outlive their client.
 
     `throttled`: whether requests may wait for their turn (block/throttled.py). `on_wait` is called
-    with 1 when one begins to and with -1 when it ends.
+    with 1 when one begins to, there or at a filter above the format, and with -1 when it ends.
     """
 
     throttled = False
@@ -76,7 +78,7 @@ class BlockBackend:
         self.engines = engines
         self.plug = plug_of(engines)
         self.misses: Counter[Miss] = Counter()
-        self.requests: Counter[str] = Counter()
+        self.accounts = Accounts()
         self.on_wait: Callable[[int], object] = lambda requests: None
         self._epochs = epochs
         self._resolve = root.resolve
@@ -89,14 +91,16 @@ class BlockBackend:
         """Ask `submit_read` before `read_nowait`."""
         self.queues_writes = direct and detect_zeroes == "off"
         """The same of `submit_write`."""
+        # Only where requests themselves come by: a format below waits for reasons of its own.
+        while root.is_filter:
+            root.on_wait = lambda requests: self.on_wait(requests)
+            root = root.children["file"]
 
     def _turn_write_cache(self, enabled: bool) -> None:
         self.write_cache = enabled
-        # Where nothing is ever synced FUA means nothing either, as in QEMU since 10.0.
-        self.all_fua = not enabled and not self.root.no_flush
         # Writes that must be looked into, or be durable when answered, never take the short way.
         self._writes_inline = (
-            not self.all_fua and self._detect_zeroes == "off" and not self._direct
+            enabled and self._detect_zeroes == "off" and not self._direct
         )
 
     async def set_write_cache(self, enabled: bool) -> None:
@@ -122,7 +126,7 @@ class BlockBackend:
         if len(runs) == 1:
             leaf, host_offset, length = runs[0]
             if leaf is not None:
-                return None if leaf.read_nowait(host_offset, buffer) else Miss.WOULD_BLOCK
+                return None if leaf.read_nowait(host_offset, buffer) else self._would_block()
             buffer[:] = bytes(length)
             return None
         if len(buffer) > MAX_INLINE:
@@ -132,7 +136,7 @@ class BlockBackend:
             if leaf is None:
                 piece[:] = bytes(length)
             elif not leaf.read_nowait(host_offset, piece):
-                return Miss.WOULD_BLOCK
+                return self._would_block()
             buffer = buffer[length:]
         return None
 
@@ -170,9 +174,11 @@ class BlockBackend:
         asked for or due to the write cache, takes a flush."""
         if self._detect_zeroes != "off":
             return False
-        durable = self._is_fua(fua)
+        durable = fua or not self.write_cache
         runs = self._resolve(WRITE_FUA if durable else WRITE, offset, len(data))
         if type(runs) is not list or len(runs) != 1:
+            if isinstance(runs, Miss):  # a read's is counted by `read_nowait`, which comes next
+                self.misses[runs] += 1
             return False
         leaf, host_offset, _ = runs[0]
         submit = _leaf(leaf).submit_write
@@ -184,7 +190,7 @@ class BlockBackend:
 
     def _written(self, done: Done, error: OSError | None) -> None:
         """A write without FUA has completed; the write cache may have been turned off since."""
-        if self.all_fua and error is None:
+        if not self.write_cache and error is None:
             self.nursery.start_soon(self._flush_before, done)
         else:
             done(error)
@@ -194,6 +200,8 @@ class BlockBackend:
             await self.root.flush()
         except OSError as error:
             done(error)
+        except Exception as error:  # whoever waits gets an answer, whatever it is
+            done(OSError(errno.EIO, f"internal error: {error!r}"))
         else:
             done(None)
 
@@ -220,16 +228,12 @@ class BlockBackend:
 
     def flush_nowait(self) -> bool:
         """Flush if there is nothing to do for it; False: there is, or may be. Raises OSError."""
-        flushed = self.root.flush_nowait()
-        self.requests["flush"] += flushed
-        return flushed
+        return self.root.flush_nowait()
 
     def submit_flush(self, done: Done) -> bool:
         """Flush without a task; `done` is called later, in the trio thread. False: it takes more
         than a leaf's sync, use `flush`. Ask `flush_nowait` first. Raises OSError."""
-        submitted = self.root.submit_flush(done)
-        self.requests["flush"] += submitted
-        return submitted
+        return self.root.submit_flush(done)
 
     def write_nowait(self, offset: int, data: Buffer) -> Miss | None:
         """Write at once; or say why not, nothing having been written. Raises OSError."""
@@ -243,20 +247,23 @@ class BlockBackend:
             return runs  # type: ignore[return-value]
         if len(runs) == 1:
             leaf, host_offset, _ = runs[0]
-            return None if leaf.write_nowait(host_offset, data) else Miss.WOULD_BLOCK  # type: ignore[union-attr]
+            return None if leaf.write_nowait(host_offset, data) else self._would_block()  # type: ignore[union-attr]
         rest = memoryview(data)
         for leaf, host_offset, length in runs:
             if not _leaf(leaf).write_nowait(host_offset, rest[:length]):
-                return Miss.WOULD_BLOCK
+                return self._would_block()
             rest = rest[length:]
         return None
+
+    def _would_block(self) -> Miss:
+        self.misses[Miss.WOULD_BLOCK] += 1
+        return Miss.WOULD_BLOCK
 
     # --- the asynchronous way ------------------------------------------------------------------
 
     @contextmanager
     def _request(self, kind: str, offset: int, length: int) -> Iterator[None]:
         assert 0 <= offset <= offset + length <= self.size, f"{kind} of {length} at {offset}"
-        self.requests[kind] += 1
         epoch = self._epochs.enter()
         try:
             yield
@@ -274,7 +281,7 @@ class BlockBackend:
             if self._detect_zeroes != "off" and is_zero(data):
                 may_unmap = self._detect_zeroes == "unmap"
                 await self.root.write_zeroes(offset, len(data), may_unmap=may_unmap)
-            elif not self._is_fua(fua):
+            elif self.write_cache and not fua:
                 await self.root.write(offset, data)
             elif await self.root.write_fua(offset, data):
                 return
@@ -291,15 +298,16 @@ class BlockBackend:
         await self._make_durable(fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """The range's content is no longer needed."""
+        """The range's content is no longer needed. Without a write cache too that is durable only
+        with `fua`: nobody may rely on what a discard leaves (as blk_co_pdiscard)."""
         with self._request("discard", offset, length):
             if self._discard:
                 await self.root.discard(offset, length)
-        await self._make_durable(fua)
+        if fua:
+            await self.root.flush()
 
     async def flush(self) -> None:
         """Make every write answered so far durable."""
-        self.requests["flush"] += 1
         await self.root.flush()
 
     async def block_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
@@ -322,14 +330,10 @@ class BlockBackend:
                     length -= piece.length
         return extents
 
-    def _is_fua(self, fua: bool) -> bool:
-        """Whether a write must be durable when it is answered."""
-        return self.all_fua or (fua and not self.root.no_flush)
-
     async def _make_durable(self, fua: bool) -> None:
         """Something was written. FUA is emulated here and nowhere else, by the flush chain
         (bdrv_driver_pwritev); that includes what was in flight when the write cache went off."""
-        if self._is_fua(fua):
+        if fua or not self.write_cache:
             await self.root.flush()
 
     def drain_begin(self) -> None:
@@ -338,11 +342,20 @@ class BlockBackend:
             node.drain_begin()
 
     def statistics(self) -> dict[str, object]:
-        """Counters since the image was opened, of the backend and all nodes."""
+        """Counters since the image was opened, of the backend and all nodes.
+
+        requests: of all clients together; left: of those that have gone; misses: requests that
+        could not go the synchronous way, by reason, those that never do left out.
+        """
         return {
-            "requests": dict(self.requests),
+            "requests": self.accounts.total().statistics(),
+            "left": self.accounts.statistics(),
             "misses": {miss.name: count for miss, count in self.misses.items()},
-            "nodes": {role: node.statistics() for role, node in self._nodes()},
+            "buffers": {"free_bytes": self.buffers.statistics()},
+            "nodes": {
+                role: {"driver": node.driver, "filename": node.filename, **node.statistics()}
+                for role, node in self._nodes()
+            },
         }
 
     def _nodes(self) -> Iterator[tuple[str, Node]]:

@@ -19,6 +19,8 @@ __all__ = ["Completions", "plug_of"]
 class Completions(Protocol):
     """See nbdserve/engines/engine.py."""
 
+    name: str
+
     @property
     def eventfd(self) -> int | None:
         """Becomes readable with a completion; None: the trio thread is woken in another way."""
@@ -34,6 +36,9 @@ class Completions(Protocol):
 
     def detach(self) -> None:
         """It does so no longer."""
+
+    def statistics(self) -> object:
+        """Counters since it was started, a NamedTuple."""
 
 
 def plug_of(engines: Sequence[Completions]) -> Callable[[], AbstractContextManager[None]]:

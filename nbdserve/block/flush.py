@@ -36,21 +36,23 @@ class FlushFailed(OSError):
 
 
 class FlushStatistics(NamedTuple):
-    """requested: calls; merged: those that found nothing to do, or that another's sync covered;
-    done: syncs that were run and succeeded; failed: whether one failed, for good."""
+    """requested: calls. What became of them: clean: nothing was written since the last flush;
+    done: syncs that were run for them and succeeded; merged: covered by the sync of another;
+    failed: their sync failed, or they came after one that had. The rest still waits."""
 
     requested: int
+    clean: int
     merged: int
     done: int
-    failed: bool
+    failed: int
 
 
 class FlushGeneration:
     """The write and flush generations of one leaf, whose `sync` makes it durable: it calls back
     later, never from inside."""
 
-    __slots__ = ("_done", "_error", "_filename", "_merged", "_requested", "_running", "_sync",
-                 "_syncing", "_waiting", "flushed", "written")  # fmt: skip
+    __slots__ = ("_clean", "_done", "_error", "_failed", "_filename", "_merged", "_requested",
+                 "_running", "_sync", "_syncing", "_waiting", "flushed", "written")  # fmt: skip
 
     def __init__(self, filename: str, sync: Callable[[Done], None]) -> None:
         self.written = 0
@@ -62,12 +64,20 @@ class FlushGeneration:
         self._syncing = 0  # what the running sync covers
         self._error: OSError | None = None
         self._requested = 0
+        self._clean = 0
         self._merged = 0
         self._done = 0
+        self._failed = 0
 
     def check(self) -> None:
         """Raises FlushFailed if any flush has ever failed."""
         if self._error is not None:
+            raise self._failure()
+
+    def _check_flush(self) -> None:
+        if self._error is not None:
+            self._requested += 1
+            self._failed += 1
             raise self._failure()
 
     def _failure(self) -> FlushFailed:
@@ -77,11 +87,11 @@ class FlushGeneration:
 
     def flush_nowait(self) -> bool:
         """Whether all completed writes are durable already. Raises FlushFailed."""
-        self.check()
+        self._check_flush()
         if self.flushed < self.written:
             return False
         self._requested += 1
-        self._merged += 1
+        self._clean += 1
         return True
 
     def submit(self, done: Done) -> None:
@@ -89,7 +99,7 @@ class FlushGeneration:
 
         Raises FlushFailed if that is known already.
         """
-        self.check()
+        self._check_flush()
         self._requested += 1
         self._waiting.append((self.written, done))
         if not self._running:
@@ -122,6 +132,7 @@ class FlushGeneration:
         waiting, self._waiting = self._waiting, []
         if error is not None:
             self._fail(error)
+            self._failed += len(waiting)
             for _, done in waiting:
                 done(self._failure())
             return
@@ -147,5 +158,5 @@ class FlushGeneration:
     def statistics(self) -> FlushStatistics:
         """Counters since the leaf was opened."""
         return FlushStatistics(
-            self._requested, self._merged, self._done, self._error is not None
+            self._requested, self._clean, self._merged, self._done, self._failed
         )

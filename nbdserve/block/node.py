@@ -52,7 +52,17 @@ class Extent(NamedTuple):
 
 
 class Node:
-    """A node with `children`; the defaults are those of a node that hides what lies below it."""
+    """A node with `children`; the defaults are those of a node that hides what lies below it.
+
+    `is_filter`: it has nothing of its own between those above and its `file`. `on_wait`: called by
+    a filter above everything else with 1 when a request begins to wait for nothing but time, and
+    with -1 when that ends. `driver`: its name in options and statistics. `node_name`: what the user
+    calls it; names that begin with # are ours (graph.py).
+    """
+
+    is_filter = False
+    driver = ""
+    node_name = ""
 
     def __init__(
         self, filename: str, size: int, *, read_only: bool, no_flush: bool = False
@@ -61,6 +71,7 @@ class Node:
         self.size = size
         self.read_only = read_only
         self.no_flush = no_flush
+        self.on_wait: Callable[[int], object] = lambda requests: None
 
     @property
     def children(self) -> Mapping[str, Node]:

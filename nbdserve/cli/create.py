@@ -132,12 +132,13 @@ def _parsed(name: str, value: str, read: Callable[[str], object]) -> object:
 
 
 def _backing_config(file: str, backing: str, backing_format: str | None) -> ImageConfig:
+    from nbdserve.blockdev import image_tree
     from nbdserve.config import ImageConfig
 
     if backing_format is None:
         raise ConfigError(f"-b: {backing}: its format must be given too (-F)")
-    path = os.path.join(os.path.dirname(file), backing)
-    return ImageConfig(path, format=backing_format, read_only=True)
+    tree = image_tree(backing, backing_format, directory=os.path.dirname(file))
+    return ImageConfig(backing, options=tree, read_only=True)
 
 
 def _backing_size(config: ImageConfig) -> int:

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nbdserve.blockdev import AIO_MODES, DETECT_ZEROES_MODES, DISCARD_MODES
+from nbdserve.cli.image import DEFAULT_CACHE, image_config
+from nbdserve.cli.objects import parse_objects
 from nbdserve.cli.throttle import parse_throttle
 from nbdserve.config import (
     CACHE_MODES,
     DEFAULT_PORT,
-    Aio,
-    DetectZeroes,
-    Discard,
     ExportConfig,
-    ImageConfig,
     ListenConfig,
     ServeConfig,
 )
@@ -32,21 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 F = TypeVar("F", bound="Callable[..., Any]")
-
-DISCARD_MODES: dict[str, Discard] = {
-    "ignore": "ignore",
-    "off": "ignore",
-    "unmap": "unmap",
-    "on": "unmap",
-}
-"""Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
-
-DEFAULT_CACHE = "writeback"
-
-AIO_MODES: dict[str, Aio] = {"threads": "threads", "io_uring": "io_uring", "native": "native"}
-
-DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
-
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return parse_size(value, f"--{param.name}")
@@ -86,6 +70,8 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                help="Listen on this unix socket, not on TCP."),
         option("-f", "--format", metavar="FORMAT",
                help="Image format (raw, qcow2); probed if not given."),
+        option("--image-opts", is_flag=True,
+               help="IMAGE is options, as driver=qcow2,file.filename=..., for each node."),
         option("-r", "--read-only", is_flag=True, help="Refuse every write."),
         option("-x", "--export-name", metavar="NAME", default="",
                help="Name of the export; empty by default."),
@@ -95,19 +81,22 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                show_default=True, help="How many clients at a time; 0 for any number."),
         option("-o", "--offset", callback=_bytes, default="0", metavar="SIZE",
                help="Serve the disk from this byte on (suffixes k, M, G, ...)."),
-        option("--cache", type=click.Choice(list(CACHE_MODES)), multiple=True, callback=_once,
+        option("--cache", type=click.Choice([*CACHE_MODES, "auto"]), multiple=True, callback=_once,
                show_default=DEFAULT_CACHE, help="Cache mode."),
         option("--aio", type=click.Choice(list(AIO_MODES)), multiple=True, callback=_once,
                help="I/O engine; by default io_uring with O_DIRECT (--cache=none, directsync), else"
                " threads. native needs O_DIRECT."),
         option("--discard", type=click.Choice(list(DISCARD_MODES)), multiple=True, callback=_once,
-               default=[defaults.discard], show_default=True,
+               show_default=defaults.discard,
                help="Whether a client's trim frees space in the image."),
-        option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)), default="off",
-               show_default=True, help="Turn writes of zeroes into write-zeroes requests."),
+        option("--detect-zeroes", type=click.Choice(list(DETECT_ZEROES_MODES)),
+               show_default="off", help="Turn writes of zeroes into write-zeroes requests."),
         option("--throttle", metavar="KEY=VALUE,...", multiple=True,
                help="Limit bytes (bps-total, bps-read, bps-write) and requests (iops-...) a second;"
-               " bursts with -max and -max-length; iops-size."),
+               " bursts with -max and -max-length; iops-size; group=NAME to share them."),
+        option("--object", metavar="throttle-group,id=NAME,...", multiple=True,
+               help="A throttle group, with limits as x-iops-total=..., for group=NAME and for"
+               " throttle nodes."),
         option("--pid-file", metavar="PATH", help="Write the server's process id to this file."),
         option("--fork", is_flag=True,
                help="Go to the background; return once clients are accepted."),
@@ -123,28 +112,33 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
     return decorate
 
 
-def serve_config(options: dict[str, Any], *, persistent: bool) -> ServeConfig:
+def serve_config(
+    options: dict[str, Any], *, persistent: bool, discard: str = "unmap"
+) -> ServeConfig:
     """The configuration that parsed options stand for.
 
     :param options: click's values by parameter name, as ``shared_options`` declares them.
+    :param discard: the command's default.
     :raises ConfigError: a value, or a combination of values, that cannot be honoured.
     """
+    throttle = parse_throttle(options["throttle"])
+    served = [
+        (
+            image_config(image, options, discard=discard, throttle=throttle),
+            ExportConfig(name, description),
+        )
+        for image, name, description in (
+            (options["image"], options["export_name"], options["description"]),
+            *((image, name, "") for name, image in options.get("export", ())),
+        )
+    ]
     return ServeConfig(
-        image=ImageConfig(
-            filename=options["image"],
-            format=options["format"],
-            read_only=options["read_only"],
-            cache=CACHE_MODES[options["cache"] or DEFAULT_CACHE],
-            discard=DISCARD_MODES[options["discard"]],
-            detect_zeroes=DETECT_ZEROES_MODES[options["detect_zeroes"]],
-            offset=options["offset"],
-            aio=AIO_MODES[options["aio"]] if options["aio"] is not None else None,
-            throttle=parse_throttle(options["throttle"]),
-        ),
-        export=ExportConfig(options["export_name"], options["description"]),
+        *served[0],
         listen=ListenConfig(options["bind"], options["port"], options["socket"]),
         max_clients=options["shared"],
         persistent=persistent,
         pid_file=options["pid_file"],
         verbose=options["verbose"],
+        others=tuple(served[1:]),
+        groups=parse_objects(options["object"]),
     )

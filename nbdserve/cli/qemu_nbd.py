@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from nbdserve.config import ServeConfig
 
+DEFAULTS = Defaults(bind="0.0.0.0", shared=1, discard="ignore")
+
 UNSUPPORTED: tuple[tuple[tuple[str, ...], bool], ...] = (
     (("-s", "--snapshot"), False),
     (("-l", "--load-snapshot"), True),
@@ -31,11 +33,9 @@ UNSUPPORTED: tuple[tuple[tuple[str, ...], bool], ...] = (
     (("-A", "--allocation-depth"), False),
     (("-P", "--partition"), True),
     (("-T", "--trace"), True),
-    (("--object",), True),
     (("--tls-creds",), True),
     (("--tls-authz",), True),
     (("--tls-hostname",), True),
-    (("--image-opts",), False),
     (("--selinux-label",), True),
 )
 """Names of each option that is refused, and whether it takes a value."""
@@ -60,7 +60,7 @@ def _unsupported_options() -> Callable[[F], F]:
 
 
 @click.command("qemu-nbd", context_settings={"help_option_names": ["-h", "--help"]})
-@shared_options(Defaults(bind="0.0.0.0", shared=1, discard="ignore"))
+@shared_options(DEFAULTS)
 @click.option("-t", "--persistent", is_flag=True, help="Stay when the last client has left.")
 @click.option("-n", "--nocache", is_flag=True, help="The same as --cache=none.")
 @_unsupported_options()
@@ -79,4 +79,5 @@ def config_of(options: dict[str, Any]) -> ServeConfig:
         if options["cache"] is not None:
             raise ConfigError("-n and --cache can only be specified once")
         options = {**options, "cache": "none"}
-    return serve_config(options, persistent=options["persistent"])
+    options = {**options, "force_share": False}  # only as an option of a node
+    return serve_config(options, persistent=options["persistent"], discard=DEFAULTS.discard)

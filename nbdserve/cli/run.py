@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
     logging.basicConfig(
         level=logging.DEBUG if config.verbose else logging.WARNING, format="nbdserve: %(message)s"
     )
+    # Until the server takes it, and after that: it is to kill nobody who only asked too early.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if fork:
         config = _with_absolute_paths(config)
     report = detach() if fork else None
@@ -46,14 +49,13 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
 
 
 def _with_absolute_paths(config: ServeConfig) -> ServeConfig:
-    """For a daemon, which leaves the directory it was started in."""
+    """For a daemon, which leaves the directory it was started in once its images are open."""
     where, pid_file = config.listen, config.pid_file
     if where.unix_path is not None:
         where = replace(where, unix_path=os.path.abspath(where.unix_path))
     if pid_file is not None:
         pid_file = os.path.abspath(pid_file)
-    image = replace(config.image, filename=os.path.abspath(config.image.filename))
-    return replace(config, image=image, listen=where, pid_file=pid_file)
+    return replace(config, listen=where, pid_file=pid_file)
 
 
 def _print(text: str) -> None:

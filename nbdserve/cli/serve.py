@@ -14,14 +14,30 @@ import click
 
 from nbdserve.cli.options import Defaults, serve_config, shared_options
 from nbdserve.cli.run import run_server
+from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from nbdserve.config import ExportConfig
     from nbdserve.server import Ready
 
 
+def _exports(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[str, str]]:
+    """(name, image) of each NAME=IMAGE."""
+    pairs = [value.partition("=") for value in values]
+    for value, (name, _, image) in zip(values, pairs, strict=True):
+        if not name or not image:
+            raise ConfigError(f"--export: {value!r} is not NAME=IMAGE")
+    return [(name, image) for name, _, image in pairs]
+
+
 @click.command("serve", context_settings={"help_option_names": ["-h", "--help"]})
 @shared_options(Defaults(bind="127.0.0.1", shared=0, discard="unmap"))
+@click.option("--export", metavar="NAME=IMAGE", multiple=True, callback=_exports,
+              help="Serve this image too, under that name and with the same options.")
+@click.option("-U", "--force-share", is_flag=True,
+              help="Let others write to the image meanwhile; needs --read-only.")
 def command(**options: Any) -> None:  # noqa: ANN401 - click's values, typed in options.py
     """Serve IMAGE until stopped by a signal (Ctrl-C)."""
     config = serve_config(options, persistent=True)
@@ -29,7 +45,7 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's values, typed in 
 
 
 def usage(ready: Ready, export: ExportConfig) -> str:
-    """The URI on a line of its own, then the commands that use it."""
+    """The URI on a line of its own, then the commands that use it, then further URIs."""
     from nbdserve.listeners import connectable_host
 
     uri = shlex.quote(ready.uri)
@@ -45,4 +61,5 @@ def usage(ready: Ready, export: ExportConfig) -> str:
         f"  qemu-img info {uri}\n"
         f"  nbdcopy {uri} copy.img\n"
         f"  {kernel}    # as root, after modprobe nbd\n"
+        + "".join(f"{shlex.quote(other)}\n" for other in ready.others)
     )

@@ -12,13 +12,15 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from nbdserve.config import RateLimit, ThrottleConfig, ThrottleLimits
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["parse_throttle"]
+    from nbdserve.imageopts import Scalar
+
+__all__ = ["limits_of", "parse_throttle"]
 
 OPTION = "--throttle"
 
@@ -33,27 +35,30 @@ _NUMBER = re.compile(r"\+?[0-9]{1,20}", re.ASCII)
 def parse_throttle(values: Iterable[str]) -> ThrottleConfig | None:
     """The throttle that all ``--throttle`` of a command line stand for together; None without any.
 
+    ``group`` names the limits' group: one of --object, or one of its own.
+
     :raises ConfigError: an unknown key, one given twice, a value that is none, or values that
         contradict each other.
     """
-    pairs: dict[str, str] = {}
-    for text in values:
-        for item in text.split(","):
-            key, separator, value = item.partition("=")
-            key = key.removeprefix("throttling.")
-            if not separator:
-                raise ConfigError(f"{OPTION}: {item!r} is not KEY=VALUE")
-            if key in pairs:
-                raise ConfigError(f"{OPTION}: {key} is given twice")
-            pairs[key] = value
-    if not pairs:
-        return None
-    if "group" in pairs:
-        raise ConfigError(f"{OPTION}: group: there is one export only to share limits")
-    return ThrottleConfig(_limits(pairs))
+    with naming(OPTION):
+        pairs: dict[str, Scalar] = {}
+        for text in values:
+            for item in text.split(","):
+                key, separator, value = item.partition("=")
+                key = key.removeprefix("throttling.")
+                if not separator:
+                    raise ConfigError(f"{item!r} is not KEY=VALUE")
+                if key in pairs:
+                    raise ConfigError(f"{key} is given twice")
+                pairs[key] = value
+        if not pairs:
+            return None
+        group = pairs.pop("group", None)
+        return ThrottleConfig(limits_of(pairs), None if group is None else str(group))
 
 
-def _limits(pairs: dict[str, str]) -> ThrottleLimits:
+def limits_of(pairs: Mapping[str, Scalar]) -> ThrottleLimits:
+    """Limits by QEMU's names. Raises ConfigError, as `parse_throttle`."""
     rates: defaultdict[str, dict[str, int]] = defaultdict(dict)
     iops_size = 0
     for key, text in pairs.items():
@@ -75,16 +80,17 @@ def _split(key: str) -> tuple[str, str]:
             return rate, part
     known = ", ".join(RATES)
     raise ConfigError(
-        f"{OPTION}: unknown key {key!r}; known are {known}, each also with -max and -max-length,"
+        f"unknown key {key!r}; known are {known}, each also with -max and -max-length,"
         " and iops-size"
     )
 
 
-def _value(key: str, text: str, *, in_bytes: bool) -> int:
+def _value(key: str, value: Scalar, *, in_bytes: bool) -> int:
+    text = str(value)
     if text.strip().startswith("-"):
-        raise ConfigError(f"{OPTION}: {key}: {text} is negative")
+        raise ConfigError(f"{key}: {text} is negative")
     if in_bytes:
-        return parse_size(text, f"{OPTION}: {key}")
+        return parse_size(text, key)
     if not _NUMBER.fullmatch(text):
-        raise ConfigError(f"{OPTION}: {key}: {text!r} is not a number")
+        raise ConfigError(f"{key}: {text!r} is not a number")
     return int(text)

@@ -60,6 +60,7 @@ MAX_PIECES = 1024
 class FileNode(Leaf):
     """An open file; `length` is its length in bytes, `size` the same in whole sectors."""
 
+    driver = "file"
     fua = True
 
     def __init__(

@@ -17,9 +17,11 @@ from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from nbdserve.engines.engine import Engine
 
-__all__ = ["start_engine"]
+__all__ = ["Engines", "start_engine"]
 
 log = logging.getLogger("nbdserve.engines")
 
@@ -33,7 +35,8 @@ def start_engine(aio: str | None, *, direct: bool) -> Engine:
 
     :param aio: threads, io_uring, native; None for the fastest that is correct: io_uring with
         O_DIRECT, else threads (the page cache is read and written inline whatever the engine).
-    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us.
+    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us; io_uring
+        that fails for a reason of its own.
     """
     if aio == "native":
         return _start_native(direct)
@@ -43,9 +46,10 @@ def start_engine(aio: str | None, *, direct: bool) -> Engine:
         try:
             return IoUringEngine()
         except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO)
             if error.errno not in FORBIDDEN:
-                raise
-            reason = os.strerror(error.errno)
+                message = f"--aio=io_uring: {reason}; use --aio=threads"
+                raise ConfigError(message, error.errno) from None
             log.warning("io_uring cannot be used here (%s): using threads", reason)
     return ThreadsEngine()
 
@@ -63,3 +67,33 @@ def _start_native(direct: bool) -> Engine:
     except OSError as error:
         reason = f"Linux AIO cannot be used here: {error.strerror}"
         raise ConfigError(f"--aio=native: {reason}", error.errno) from None
+
+
+class Engines:
+    """The engines of a process, each kind started once, when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._started: dict[str | None, Engine] = {}
+
+    def get(self, aio: str | None, *, direct: bool) -> Engine:
+        """As `start_engine`. Files that ask for the same share it."""
+        kind = aio or ("io_uring" if direct else "threads")
+        # Without O_DIRECT native is refused, whoever may have started it.
+        if kind not in self._started or (kind == "native" and not direct):
+            engine = start_engine(aio, direct=direct)
+            # io_uring may have become threads, which may run already.
+            same = next((one for one in self if one.name == engine.name), engine)
+            if same is not engine:
+                engine.close()
+            self._started[kind] = same
+        return self._started[kind]
+
+    def __iter__(self) -> Iterator[Engine]:
+        """Those that run, each once."""
+        return iter(dict.fromkeys(self._started.values()))
+
+    def close(self) -> None:
+        """Nothing may be in flight."""
+        for engine in self:
+            engine.close()
+        self._started.clear()

@@ -34,6 +34,8 @@ from nbdserve.config import ThrottleLimits
 from nbdserve.filters.bucket import Buckets
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nbdserve.block.run import Op
 
 __all__ = ["ThrottleGroup", "ThrottleGroups", "ThrottleMember", "ThrottleStatistics"]
@@ -257,10 +259,19 @@ class ThrottleMember:
 
 
 class ThrottleGroups:
-    """The groups of a process by name. A group lives as long as it has members."""
+    """The groups of a process by name. A group lives as long as it has members, or as this does if
+    it was made without any."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Mapping[str, ThrottleLimits] | None = None) -> None:
+        """`limits`: groups to begin with."""
         self._groups: WeakValueDictionary[str, ThrottleGroup] = WeakValueDictionary()
+        self._made = [ThrottleGroup(name, limit) for name, limit in (limits or {}).items()]
+        self._groups.update({group.name: group for group in self._made})
+
+    def join_existing(self, name: str) -> ThrottleMember | None:
+        """A new member of the group of that name; None if there is no such group."""
+        group = self._groups.get(name)
+        return None if group is None else group.join()
 
     def join(self, name: str, limits: ThrottleLimits) -> ThrottleMember:
         """A new member of the group of that name. Limits, if there are any, replace those that the

@@ -1,5 +1,8 @@
 """The raw format: guest offsets are offsets in the child, from `offset` on.
 
+A window has an end too if it was given a `size`. The node above may be a format that writes behind
+the end of its file to let it grow; it does not get beyond that end (raw_adjust_offset of QEMU).
+
 Nothing of its own is stored, so every operation is passed to the child, moved; a range resolves
 through to the child's leaves. Also the window that `--offset` opens on any image.
 
@@ -31,14 +34,22 @@ __all__ = ["RawNode"]
 
 
 class RawNode(Node):
-    """A window on a child, from `offset` to its end."""
+    """A window on a child, from `offset` on; of `size` bytes, or to the child's end."""
 
-    def __init__(self, file: Node, *, offset: int = 0, guarded: bool = False) -> None:
+    driver = "raw"
+
+    def __init__(
+        self, file: Node, *, offset: int = 0, size: int | None = None, guarded: bool = False
+    ) -> None:
         super().__init__(
-            file.filename, file.size - offset, read_only=file.read_only, no_flush=file.no_flush
+            file.filename,
+            file.size - offset if size is None else size,
+            read_only=file.read_only,
+            no_flush=file.no_flush,
         )
         self._file = file
         self._offset = offset
+        self._end = size
         self._guarded = guarded
         self._first_sector = trio.Lock()
 
@@ -53,15 +64,23 @@ class RawNode(Node):
     def resolve(self, op: Op, offset: int, length: int) -> Resolution:
         if self._guarded and op is not READ and offset < PROBE_SIZE:
             return Miss.OPAQUE
+        if self._end is not None and offset + length > self._end:
+            return Miss.OPAQUE  # the asynchronous path says why
         return self._file.resolve(op, offset + self._offset, length)
 
     def allocate_nowait(self, offset: int, data: Buffer) -> bool:
         return self._file.allocate_nowait(offset + self._offset, data)
 
+    def _check_end(self, offset: int, length: int, error: int) -> None:
+        if self._end is not None and offset + length > self._end:
+            raise OSError(error, f"{self.filename}: {offset + length} is beyond {self._end} bytes")
+
     async def read(self, offset: int, buffer: memoryview) -> None:
+        self._check_end(offset, len(buffer), errno.EINVAL)
         await self._file.read(offset + self._offset, buffer)
 
     async def write(self, offset: int, data: Buffer) -> None:
+        self._check_end(offset, len(data), errno.ENOSPC)
         if not self._guarded or offset >= PROBE_SIZE:
             await self._file.write(offset + self._offset, data)
             return
@@ -70,6 +89,7 @@ class RawNode(Node):
             await self._file.write(offset + self._offset, data)
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
+        self._check_end(offset, len(data), errno.ENOSPC)
         if not self._guarded or offset >= PROBE_SIZE:
             return await self._file.write_fua(offset + self._offset, data)
         async with self._first_sector:
@@ -93,6 +113,7 @@ class RawNode(Node):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
+        self._check_end(offset, length, errno.ENOSPC)
         start = offset + self._offset
         if not self._guarded or offset >= PROBE_SIZE:
             await self._file.write_zeroes(start, length, may_unmap=may_unmap, fallback=fallback)
@@ -102,6 +123,7 @@ class RawNode(Node):
             await self._file.write_zeroes(start, length, may_unmap=may_unmap, fallback=fallback)
 
     async def discard(self, offset: int, length: int) -> None:
+        self._check_end(offset, length, errno.EINVAL)
         if not self._guarded or offset >= PROBE_SIZE:
             await self._file.discard(offset + self._offset, length)
             return

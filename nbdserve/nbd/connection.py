@@ -13,6 +13,7 @@ received from it. A client that sends nonsense, or vanishes, ends its own connec
 from __future__ import annotations
 
 import errno
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import trio
@@ -134,8 +135,22 @@ class Connection:
             await self._ended.wait()
             await self._drain()
         finally:
-            self._lost = True
+            self._lost = True  # cut off, perhaps, with replies on their way
+            self._outbox.drop()
+            self._return_buffers()
             self._poller.unregister(self._sock.fileno())
+            self._late.close_account()
+
+    def statistics(self) -> dict[str, object]:
+        """Counters of the client's requests (see Account.statistics), and how it is served."""
+        if not self.negotiated:
+            return {}
+        return {
+            "export": self._session.export.name,
+            "structured_replies": self._structured,
+            "in_flight": self._late.in_flight,
+            **self._late.account.statistics(),
+        }
 
     async def _negotiate(self) -> tuple[Transmission | None, bytes]:
         handshake = Handshake(self._exports)
@@ -169,6 +184,7 @@ class Connection:
     # --- transmission --------------------------------------------------------------------------
 
     def _begin(self, session: Transmission) -> None:
+        self._session = session
         self._backend = session.export.backend
         self._plug = self._backend.plug
         self._validate = Validator.of(session).validate
@@ -296,10 +312,15 @@ class Connection:
         requests, position = self._requests, self._next
         out, view, fill = self._out, self._out_view, 0
         structured, size, writable = self._structured, self._size, self._writable
+        # For the account. Reads are not counted, they are what is left: of the requests those that
+        # are neither writes nor `others`, of the bytes sent those that are no heads and not theirs.
+        first = position
+        others = others_sent = sent = nb_writes = written = 0
         head_size = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
         longest = self._longest
         read_nowait, write_nowait = self._backend.read_nowait, self._backend.write_nowait
         outbox, late, queue = self._outbox, self._late, self._queue
+        late.began = began = perf_counter_ns()
         while position < len(requests):
             request = requests[position]
             head, cookie, offset, length, payload = request
@@ -312,12 +333,13 @@ class Connection:
                     and offset + length <= size
                     and queue[head](request)
                 ):
-                    pass
+                    others += 1
                 elif head == PLAIN_READ and 0 < length <= longest and offset + length <= size:
                     start = fill + head_size
                     miss = read_nowait(offset, view[start : start + length])
                     if miss is not None:
                         self._start_late(request, miss)
+                        others += 1
                     else:
                         if structured:
                             _pack_data_chunk(
@@ -336,18 +358,41 @@ class Connection:
                 ):
                     _pack_simple(out, fill, SIMPLE_REPLY_MAGIC, 0, cookie)
                     fill += 16
+                    nb_writes += 1
+                    written += length
                 else:
-                    fill = self._special(request, fill)
+                    before, fill = fill, self._special(request, fill)
+                    others += 1
+                    others_sent += fill - before
             except OSError as error:
-                fill = self._put(fill, self._late.failure(request, error))
+                reply = late.failure(request, error, late.began)
+                fill = self._put(fill, reply)
+                others += 1
+                others_sent += len(reply)
             if fill >= SEND_AT:
-                self._outbox.send(view[:fill])
+                self._send(view[:fill])
+                sent += fill
                 fill = 0
             if outbox.pending or late.full or self._ended.is_set():
                 break
         self._next = position
         if fill:
-            self._outbox.send(view[:fill])
+            self._send(view[:fill])
+        nanoseconds = perf_counter_ns() - began
+        if nb_writes:
+            late.writes.add(nb_writes, written, nanoseconds)
+            others += nb_writes
+            others_sent += nb_writes * SIMPLE_REPLY.size
+        nb_reads = position - first - others
+        if nb_reads:
+            nb_bytes = sent + fill - others_sent - nb_reads * head_size
+            late.reads.add(nb_reads, nb_bytes, nanoseconds)
+
+    def _send(self, buffer: memoryview) -> None:
+        try:
+            self._outbox.send(buffer)
+        except OSError as error:  # what was done is counted all the same
+            self._lose(error)
 
     def _put(self, fill: int, reply: bytes) -> int:
         end = fill + len(reply)
@@ -365,6 +410,7 @@ class Connection:
         if error:
             message = f"{command_name(request)} of {length} bytes at {offset} refused"
             self._log.debug("%s: %d", message, error)
+            self._late.refused(request)
             reply = replies.error_reply(cookie, error, message, structured=self._structured)
             return self._put(fill, reply)
         # With a throttle not: of several pieces the first would be charged twice if a later one
@@ -377,6 +423,7 @@ class Connection:
         ):
             return self._read_sparse(request, fill)
         if command == FLUSH and self._backend.flush_nowait():
+            self._late.answered(request)
             return self._put(fill, replies.done(cookie, structured=False))
         if not self._queue_special(request):
             self._start_late(request)
@@ -416,6 +463,7 @@ class Connection:
                     return fill
                 position += nb_bytes
             offset += nb_bytes
+        self._late.answered(request)
         return position
 
     # --- late requests -------------------------------------------------------------------------

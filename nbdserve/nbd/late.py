@@ -7,6 +7,9 @@ client that goes away cancels nothing of it, least of all of an allocation that 
 
 Law of memory: `full` says when a connection must take no further request. It bounds the number and
 the bytes of what is under way; one request over the bound may always be.
+
+Each is credited to the connection's account when it is done, with the time since the batch that it
+came in was begun (`began`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 from functools import partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from nbdserve.block.flush import FlushFailed
@@ -28,6 +32,7 @@ from nbdserve.nbd.wire import SIMPLE_REPLY
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from nbdserve.block.account import Account, Operations
     from nbdserve.block.node import Buffer
     from nbdserve.nbd.options import Transmission
     from nbdserve.nbd.poller import Poller
@@ -40,6 +45,17 @@ MAX_IN_FLIGHT = 128
 MAX_BYTES = 64 << 20
 
 CARRY_DATA = frozenset({int(Command.READ), int(Command.WRITE)})
+
+# What a command is in the accounts (block/account.py).
+KINDS = {
+    Command.READ: "rd",
+    Command.WRITE: "wr",
+    Command.FLUSH: "flush",
+    Command.TRIM: "unmap",
+    Command.WRITE_ZEROES: "zero",
+    Command.BLOCK_STATUS: "status",
+    Command.CACHE: "prefetch",
+}
 
 
 class LateRequests:
@@ -64,6 +80,34 @@ class LateRequests:
         self._poller = poller
         self._on_reply = on_reply
         self._log = log
+        self.began = 0  # perf_counter_ns() at which the batch was begun that requests are of
+        self._credit(self._backend.accounts.open())
+
+    def _credit(self, account: Account) -> None:
+        self.account = account
+        self._kinds: dict[int, Operations] = {
+            int(command): account.operations[kind] for command, kind in KINDS.items()
+        }
+        self.reads = account.operations["rd"]
+        self.writes = account.operations["wr"]
+        self._flushes = account.operations["flush"]
+
+    def close_account(self) -> None:
+        """The client has left; what is still under way counts as that of one of those."""
+        self._credit(self._backend.accounts.close(self.account))
+
+    def answered(self, request: Request) -> None:
+        """A request was done at once, not by the hot loop, which counts its own."""
+        head, _, _, length, _ = request
+        self._kinds[command_of(head)].add(1, length, perf_counter_ns() - self.began)
+
+    def refused(self, request: Request) -> None:
+        """A request was answered without a look at the drive: it is invalid."""
+        operations = self._kinds.get(command_of(request[0]))
+        if operations is None:
+            self.account.unknown += 1
+        else:
+            operations.invalid += 1
 
     def _count(self, requests: int, nb_bytes: int) -> None:
         self.in_flight += requests
@@ -76,11 +120,11 @@ class LateRequests:
             if miss is Miss.WOULD_BLOCK and data is None and self.queue_read(request):
                 return
         except Exception as error:
-            self._on_reply([self._failed(request, error)], None)
+            self._on_reply([self._failed(request, error, self.began)], None)
             return
         self._count(1, _nb_bytes(request))
         self._poller.busy += 1
-        self._backend.nursery.start_soon(self._run, request, data)
+        self._backend.nursery.start_soon(self._run, request, data, self.began)
 
     def queue_read(self, request: Request) -> bool:
         """Submit a READ that is within bounds; False: it must go another way."""
@@ -88,12 +132,14 @@ class LateRequests:
         buffers = self._buffers
         buffer = buffers.take(length)
         data = buffer[:length]
+        began = self.began
 
         def done(error: OSError | None) -> None:
             self._count(-1, -length)
             if error is not None:
-                self._on_reply([self.failure(request, error)], buffer)
+                self._on_reply([self.failure(request, error, began)], buffer)
             else:
+                self.reads.add(1, length, perf_counter_ns() - began)
                 head = read_reply_head(cookie, offset, length, structured=self._structured)
                 self._on_reply([head, data], buffer)
 
@@ -111,14 +157,16 @@ class LateRequests:
         buffer = self._buffers.take(length)
         data = buffer[:length]
         data[:] = payload  # type: ignore[assignment]
+        began = self.began
         submit = self._backend.submit_write
 
         def done(error: OSError | None) -> None:
             self._count(-1, -length)
             self._buffers.give(buffer)
             if error is not None:
-                self._on_reply([self.failure(request, error)], None)
+                self._on_reply([self.failure(request, error, began)], None)
             else:
+                self.writes.add(1, length, perf_counter_ns() - began)
                 self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)], None)
 
         if head == FUA_WRITE:
@@ -132,17 +180,20 @@ class LateRequests:
         """As `queue_write`, if the write waits for the disk: because of FUA, of its own or for want
         of a write cache, or with O_DIRECT."""
         head, _, _, length, _ = request
-        waits = head == FUA_WRITE or self._backend.all_fua or self._backend.queues_writes
+        backend = self._backend
+        waits = head == FUA_WRITE or not backend.write_cache or backend.queues_writes
         return waits and 0 < length <= MAX_INLINE and self.queue_write(request)
 
     def queue_flush(self, request: Request) -> bool:
         """Submit a FLUSH; False: it must go another way."""
+        began = self.began
 
         def done(error: OSError | None) -> None:
             self._count(-1, 0)
             if error is not None:
-                self._on_reply([self.failure(request, error)], None)
+                self._on_reply([self.failure(request, error, began)], None)
             else:
+                self._flushes.add(1, 0, perf_counter_ns() - began)
                 self._on_reply([SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, request[1])], None)
 
         if not self._backend.submit_flush(done):
@@ -167,31 +218,35 @@ class LateRequests:
                 self._buffers.give(buffer)
         return taken
 
-    async def _run(self, request: Request, data: memoryview | bytes | None) -> None:
+    async def _run(
+        self, request: Request, data: memoryview | bytes | None, began: int
+    ) -> None:
         head, cookie, offset, length, _ = request
         reply: list[bytes | bytearray] = []
         try:
             reply = await HANDLERS[command_of(head)](
                 self._session, flags_of(head), cookie, offset, length, data
             )
+            self._kinds[command_of(head)].add(1, length, perf_counter_ns() - began)
         except Exception as error:
-            reply = [self._failed(request, error)]
+            reply = [self._failed(request, error, began)]
         finally:
             self._poller.busy -= 1
             self._count(-1, -_nb_bytes(request))
             self._on_reply(reply, None)
 
-    def _failed(self, request: Request, error: Exception) -> bytes:
+    def _failed(self, request: Request, error: Exception, began: int) -> bytes:
         if not isinstance(error, OSError):
             # A bug of ours; the client gets an answer all the same.
             self._log.error("internal error in %s", command_name(request), exc_info=error)
             error = OSError(errno.EIO, f"internal error: {error!r}")
-        return self.failure(request, error)
+        return self.failure(request, error, began)
 
-    def failure(self, request: Request, error: OSError) -> bytes:
+    def failure(self, request: Request, error: OSError, began: int) -> bytes:
         """The reply to a request that failed; the whole error goes to the log before it is
         narrowed to an NBD error value."""
-        _, cookie, offset, length, _ = request
+        head, cookie, offset, length, _ = request
+        self._kinds[command_of(head)].fail(perf_counter_ns() - began)
         reason = error.strerror or str(error)
         name = command_name(request)
         # That a flush failed the log says once for each file, and not for each request after it.

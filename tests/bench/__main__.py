@@ -13,7 +13,7 @@ from typing import Any
 
 import peers
 from bench import report
-from bench.cases import CASES, Case, Disk
+from bench.cases import CASES, Case
 from bench.clients import Sample, measure
 from bench.images import Images
 from bench.servers import OURS, SERVERS
@@ -37,7 +37,7 @@ def names_in(table: Mapping[str, object]) -> "argparse._ActionType":
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description="Measure nbdserve beside qemu-nbd and nbdkit (make bench).",
-        epilog="Image files go to $TMPDIR, or /var/tmp: 3 GiB on a real disk.")
+        epilog="Image files go to $TMPDIR, or /var/tmp: 5 GiB on a real disk.")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--runtime", type=float, default=3.0, metavar="SECONDS",
                         help="of each timed run; default: %(default)s")
@@ -58,20 +58,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run_once(name: str, case: Case, images: Images, options: argparse.Namespace) -> Sample:
     server = SERVERS[name]
-    image = images.for_case(case.disk, raw=server.raw_only)
-    with server.start(image, options.server_args) as running:
-        sample = measure(case, running.uri, images.raw, seconds=options.runtime)
+    image = images.for_case(case.disk, server.copy)
+    with server.start(image, case.cache, options.server_args) as where:
+        sample = measure(case, where, images, seconds=options.runtime)
     image.settle()
     return sample
 
 
 def able(servers: Sequence[str], images: Images, options: argparse.Namespace) -> list[str]:
-    """Those that start here; io_uring, for one, is often forbidden in containers."""
+    """Those with a case to run that start here; io_uring, for one, containers often forbid."""
     found = []
     for name in servers:
+        server = SERVERS[name]
+        case = next((CASES[c] for c in options.only if c in server.cases), None)
+        if case is None:
+            continue
+        image = images.for_case(case.disk, server.copy)
         try:
-            with SERVERS[name].start(
-                    images.for_case(Disk.FULL, raw=SERVERS[name].raw_only), options.server_args):
+            with server.start(image, case.cache, options.server_args):
                 found.append(name)
         except peers.PeerFailed as error:
             if name == OURS:

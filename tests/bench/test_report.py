@@ -45,6 +45,14 @@ def test_each_family_has_its_ratio_and_no_target_means_no_verdict() -> None:
     assert (qemu.median, kit.median, kit.verdict) == (3.0, 1.5, "")
 
 
+def test_the_device_is_a_family_of_its_own_and_never_the_opponent() -> None:
+    families = {**FAMILIES, "disk": "device"}
+    rounds = {"ours": samples(30), "uring": samples(10), "disk": samples(60)}
+    qemu, device = report.ratios(CASE, rounds, families, "ours")
+    assert (qemu.median, qemu.verdict) == (3.0, "ok")
+    assert (device.family, device.median, device.verdict) == ("device", 0.5, "")
+
+
 def test_without_us_there_is_a_table_and_no_ratio() -> None:
     results = {"case": {"uring": samples(10, 30, 20)}}
     assert report.ratios(CASE, results["case"], FAMILIES, "ours") == []

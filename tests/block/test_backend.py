@@ -106,8 +106,10 @@ async def test_so_does_one_leaf_of_several(make, position):
     root, leaves = MappedNode(), [FakeLeaf(), FakeLeaf()]
     leaves[position].blocks = True
     root.runs = [(leaves[0], 0, 1), (leaves[1], 0, 1)]
-    assert make(root).read_nowait(0, buffer(2)) is Miss.WOULD_BLOCK
-    assert make(root).write_nowait(0, b"xy") is Miss.WOULD_BLOCK
+    backend = make(root)
+    assert backend.read_nowait(0, buffer(2)) is Miss.WOULD_BLOCK
+    assert backend.write_nowait(0, b"xy") is Miss.WOULD_BLOCK
+    assert backend.statistics()["misses"] == {"WOULD_BLOCK": 2}
 
 
 @pytest.mark.parametrize("miss", [Miss.NOT_CACHED, Miss.NEEDS_COW, Miss.COMPRESSED, Miss.OPAQUE])
@@ -222,18 +224,17 @@ async def test_a_write_is_flushed_if_it_must_be_durable_when_answered(
     call, name = WRITES[kind]
     leaf = FakeLeaf(SIZE)
     await call(make(leaf, write_cache=write_cache), fua=fua)
-    assert leaf.names() == [name, *(FLUSH if fua or not write_cache else [])]
+    must_be = fua or not (write_cache or kind == "trim")
+    assert leaf.names() == [name, *(FLUSH if must_be else [])]
 
 
 @pytest.mark.parametrize("kind", WRITES)
 async def test_fua_is_a_plain_write_where_nothing_is_flushed(make, kind):
-    """--cache=unsafe, and with cache.writeback=off besides."""
+    """--cache=unsafe: metadata goes to the OS, nothing is synced."""
     call, name = WRITES[kind]
-    for write_cache in (True, False):
-        leaf = FakeLeaf(SIZE, no_flush=True)
-        await call(make(leaf, write_cache=write_cache), fua=True)
-        assert leaf.names() == [name]
-    assert make(leaf, write_cache=False).write_nowait(0, b"x") is None
+    leaf = FakeLeaf(SIZE, no_flush=True)
+    await call(make(leaf), fua=True)
+    assert leaf.names() == [name, "flush_to_os"]
 
 
 @pytest.mark.parametrize("kind", WRITES)
@@ -416,16 +417,33 @@ async def test_a_flush_is_in_no_epoch(make, epochs):
     assert leaf.names() == FLUSH
 
 
-async def test_statistics_count_requests_and_walk_the_tree(make):
+async def test_statistics_walk_the_tree(make):
     file, backing = FakeLeaf(), FakeLeaf()
     file.statistics = lambda: {"which": "file"}
+    file.driver = "file"
     backend = make(FakeNode(SIZE, file=file, backing=backing))
-    await backend.read(0, buffer(1))
-    await backend.write(0, b"x")
-    await backend.write(0, b"x")
-    await backend.flush()
-    assert backend.statistics() == {
-        "requests": {"read": 1, "write": 2, "flush": 1},
-        "misses": {},
-        "nodes": {"root": {}, "root.file": {"which": "file"}, "root.backing": {}},
+    assert backend.statistics()["nodes"] == {
+        "root": {"driver": "", "filename": "fake"},
+        "root.file": {"driver": "file", "filename": "fake", "which": "file"},
+        "root.backing": {"driver": "", "filename": "fake"},
     }
+
+
+async def test_statistics_are_those_of_all_accounts(make):
+    backend = make(FakeLeaf(SIZE))
+    stays, leaves = backend.accounts.open(), backend.accounts.open()
+    stays.operations["rd"].add(2, 100, 5000)
+    leaves.operations["rd"].add(1, 10, 5000)
+    backend.accounts.close(leaves)
+    found = backend.statistics()
+    assert (found["requests"]["rd_operations"], found["requests"]["rd_bytes"]) == (3, 110)
+    assert (found["left"]["rd_operations"], found["left"]["connections"]) == (1, 1)
+
+
+async def test_a_write_that_cannot_be_queued_is_a_miss_and_a_read_is_left_to_read_nowait(make):
+    root = MappedNode()
+    root.runs = Miss.NEEDS_COW
+    backend = make(root)
+    assert not backend.submit_write(0, b"x", pytest.fail)
+    assert not backend.submit_read(0, buffer(1), pytest.fail)
+    assert backend.statistics()["misses"] == {"NEEDS_COW": 1}

@@ -268,7 +268,8 @@ async def test_filters_and_raw_nodes_ask_their_child(nursery):
     journal = []
     disk = Disk("disk", journal)
     group = ThrottleGroup("g", ThrottleLimits(bps_total=RateLimit(1 << 30)))
-    for root in (RawNode(disk), RawNode(disk, offset=512), ThrottleNode(RawNode(disk), group.join())):
+    raw = RawNode(disk)
+    for root in (raw, RawNode(raw, offset=512), ThrottleNode(raw, group.join())):
         backend = BlockBackend(root, Epochs(), nursery, write_cache=True)
         assert backend.flush_nowait() is True
         disk.write_nowait(0, b"x")

@@ -47,7 +47,7 @@ async def test_with_nothing_written_it_costs_nothing(disk, generation):
     await generation.flush()
     assert generation.flush_nowait() is True
     assert disk.started == 0
-    assert generation.statistics() == (2, 2, 0, False)
+    assert generation.statistics() == (2, 2, 0, 0, 0)
 
 
 async def test_what_was_flushed_is_not_flushed_again(disk, generation):
@@ -57,7 +57,7 @@ async def test_what_was_flushed_is_not_flushed_again(disk, generation):
     await generation.flush()
     assert generation.flush_nowait() is True
     assert disk.started == 1
-    assert generation.statistics() == (3, 2, 1, False)
+    assert generation.statistics() == (3, 2, 0, 1, 0)
 
 
 @pytest.mark.parametrize("way", ["tasks", "callbacks"])
@@ -76,7 +76,7 @@ async def test_many_at_once_cost_one(disk, generation, nursery, way):
     await trio.testing.wait_all_tasks_blocked()
     assert done == [None] * 50
     assert disk.started == 1
-    assert generation.statistics() == (50, 49, 1, False)
+    assert generation.statistics() == (50, 0, 49, 1, 0)
 
 
 async def flush_into(generation, done):
@@ -104,7 +104,7 @@ async def test_at_most_one_runs_and_one_waits(disk, generation):
     assert done == ["first", *range(50)]
     assert disk.started == 2
     assert generation.flushed == generation.written == 51
-    assert generation.statistics() == (51, 49, 2, False)
+    assert generation.statistics() == (51, 0, 49, 2, 0)
 
 
 async def test_a_write_during_a_sync_is_not_covered_by_it(disk, generation):

@@ -6,6 +6,7 @@ import pytest
 from nbdserve.cli import create, qemu_nbd, serve
 from nbdserve.cli.options import serve_config
 from nbdserve.config import (
+    CACHE_AUTO,
     CACHE_MODES,
     ExportConfig,
     ImageConfig,
@@ -80,6 +81,7 @@ SPELLINGS = [
     (["--cache=writeback"], "image.cache", CACHE_MODES["writeback"]),
     (["--cache", "writethrough"], "image.cache", CACHE_MODES["writethrough"]),
     (["--cache=unsafe"], "image.cache", CACHE_MODES["unsafe"]),
+    (["--cache=auto"], "image.cache", CACHE_AUTO),
     (["--discard=ignore"], "image.discard", "ignore"),
     (["--discard=off"], "image.discard", "ignore"),
     (["--discard=unmap"], "image.discard", "unmap"),

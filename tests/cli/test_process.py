@@ -247,3 +247,26 @@ def test_create_overwrites_what_nobody_uses_and_nothing_else(folder, start):
     done = subprocess.run(create, capture_output=True, text=True, timeout=LONG, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (folder / "disk").read_bytes()[:4] == b"QFI\xfb"
+
+
+# A server that is gone as soon as it is asked to serve, and SIGUSR1 before and after that.
+TOO_EARLY_AND_TOO_LATE = """
+import os, signal
+from nbdserve import server
+
+async def serve(config, *, on_ready):
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+server.serve = serve
+from nbdserve.cli.serve import command
+command.main(["disk"], standalone_mode=False)
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+
+
+def test_asking_for_statistics_outside_of_serving_kills_nobody(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_EARLY_AND_TOO_LATE], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")

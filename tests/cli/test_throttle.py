@@ -40,10 +40,18 @@ def test_every_key_with_and_without_qemus_prefix(text, limits):
     assert parse_throttle(keys) == expected
 
 
-@pytest.mark.parametrize("text", ["group=slow", "throttling.group=g,iops-total=5", "group="])
-def test_a_group_needs_more_than_one_export(text):
-    with pytest.raises(ConfigError, match="group: there is one export only"):
-        parse_throttle([text])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("group=slow", ThrottleConfig(group="slow")),
+        (
+            "throttling.group=g,iops-total=5",
+            ThrottleConfig(ThrottleLimits(iops_total=RateLimit(5)), "g"),
+        ),
+    ],
+)
+def test_a_group_to_share_limits_in(text, expected):
+    assert parse_throttle([text]) == expected
 
 
 def test_without_the_option_there_is_no_throttle():
@@ -53,6 +61,7 @@ def test_without_the_option_there_is_no_throttle():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("group=", "the group's name is empty"),
         ("bps-total", "'bps-total' is not KEY=VALUE"),
         ("", "'' is not KEY=VALUE"),
         ("iops-total=1,", "'' is not KEY=VALUE"),

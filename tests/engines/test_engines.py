@@ -4,16 +4,18 @@ import errno
 import mmap
 import os
 import random
+import struct
 
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 
 from nbdserve.engines import io_uring, kernel_queue, start
 from nbdserve.engines.engine import completion
 from nbdserve.engines.io_uring import IoUringEngine
 from nbdserve.engines.linux_aio import LinuxAioEngine
-from nbdserve.engines.start import start_engine
+from nbdserve.engines.start import Engines, start_engine
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.errors import ConfigError
 
@@ -70,6 +72,20 @@ async def test_a_write_is_whole(engine, file, data, dsync):
     await completion(lambda done: engine.submit_write(fd, data, 100, done, dsync=dsync))
     joined = b"".join(data)
     assert os.pread(fd, len(content), 0) == content[:100] + joined + content[100 + len(joined) :]
+
+
+@pytest.mark.parametrize("kind", [IoUringEngine, LinuxAioEngine])
+async def test_it_may_be_closed_when_a_completion_has_just_woken_it(kind):
+    """Which of two tasks that are ready goes first is chance: so, often."""
+    for _ in range(30):
+        try:
+            engine = kind()
+        except OSError as error:
+            pytest.skip(f"forbidden here: {error}")
+        await trio.testing.wait_all_tasks_blocked()
+        os.eventfd_write(engine.eventfd, 1)
+        await trio.lowlevel.checkpoint()
+        engine.close()
 
 
 async def test_a_sync_and_errors(engine, file):
@@ -221,6 +237,36 @@ async def test_a_kernel_that_refuses_fails_the_requests(ring, file, monkeypatch)
     assert await read(ring, fd, 0, 512) == content[:512]
 
 
+@pytest.mark.parametrize("kind", [IoUringEngine, LinuxAioEngine])
+async def test_a_kernel_that_refuses_fails_those_too_that_waited_for_room(kind, file, monkeypatch):
+    try:
+        engine = kind()
+    except OSError as error:
+        pytest.skip(f"forbidden here: {error}")
+    fd, content = file
+    monkeypatch.setattr(engine, "_hand_over", lambda number: -errno.ENOMEM)
+    found = []
+    buffers = [memoryview(bytearray(8)) for _ in range(600)]
+    with engine.plug():
+        for buffer in buffers:
+            engine.submit_read(fd, buffer, 0, found.append)
+    assert found == []
+    with trio.fail_after(LONG):
+        await engine.idle()
+    assert [error.errno for error in found] == [errno.ENOMEM] * 600
+    monkeypatch.undo()
+    assert await read(engine, fd, 0, 8) == content[:8]
+    engine.close()
+
+
+async def test_a_request_that_cannot_be_written_down_is_none(ring, file):
+    fd, content = file
+    with pytest.raises(struct.error):
+        ring.submit_read(fd, memoryview(bytearray(8)), -1, lambda error: None)
+    assert await read(ring, fd, 0, 8) == content[:8]
+    assert ring.statistics().in_flight == 0
+
+
 async def test_positions_wrap(ring, file, monkeypatch):
     fd, content = file
     for _ in range(3 * io_uring.DEPTH):
@@ -243,9 +289,58 @@ async def test_where_io_uring_is_forbidden_threads_serve(monkeypatch, caplog, er
     engine.close()
 
 
+async def test_another_failure_of_io_uring_names_the_option(monkeypatch):
+    def fail(self):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(IoUringEngine, "__init__", fail)
+    with pytest.raises(ConfigError, match="--aio=io_uring: Invalid argument; use --aio=threads"):
+        start_engine(None, direct=True)
+
+
 async def test_native_needs_o_direct():
     with pytest.raises(ConfigError, match="--aio=native needs O_DIRECT"):
         start_engine("native", direct=False)
+
+
+async def test_each_kind_is_started_once(ring):
+    engines = Engines()
+    threads = engines.get("threads", direct=False)
+    assert engines.get(None, direct=False) is threads
+    assert engines.get("threads", direct=True) is threads
+    uring = engines.get("io_uring", direct=False)
+    assert engines.get(None, direct=True) is uring
+    assert list(engines) == [threads, uring]
+    engines.close()
+    assert list(engines) == []
+
+
+async def test_what_threads_stand_in_for_is_the_threads_that_run(monkeypatch, caplog):
+    def refuse(self):
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr(IoUringEngine, "__init__", refuse)
+    engines = Engines()
+    for _ in range(3):
+        uring = engines.get(None, direct=True)
+    assert engines.get("threads", direct=False).name == uring.name == "threads"
+    assert len(caplog.messages) == 1
+    other = Engines()
+    assert other.get("threads", direct=False) is other.get("io_uring", direct=False)
+    engines.close()
+    other.close()
+
+
+async def test_native_that_runs_is_for_files_with_o_direct_alone():
+    engines = Engines()
+    try:
+        native = engines.get("native", direct=True)
+    except ConfigError as error:
+        pytest.skip(f"forbidden here: {error}")
+    assert engines.get("native", direct=True) is native
+    with pytest.raises(ConfigError, match="--aio=native needs O_DIRECT"):
+        engines.get("native", direct=False)
+    engines.close()
 
 
 @pytest.mark.parametrize(("direct", "expected"), [(False, {"threads"}), (True, {"io_uring"})])

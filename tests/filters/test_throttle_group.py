@@ -369,6 +369,18 @@ async def test_groups_are_shared_by_name_and_the_last_limits_win(autojump_clock)
     assert one.group.limits == fast
 
 
+async def test_groups_that_are_there_from_the_beginning(autojump_clock):
+    groups = ThrottleGroups({"g": ThrottleLimits(iops_total=RateLimit(10))})
+    assert groups.join_existing("other") is None
+    member = groups.join_existing("g")
+    assert member.group.limits == ThrottleLimits(iops_total=RateLimit(10))
+    member.leave()
+    assert groups.join_existing("g").group is member.group
+    assert groups.join("g", ThrottleLimits()).group is member.group
+    other = groups.join("other", ThrottleLimits())
+    assert groups.join_existing("other").group is other.group
+
+
 async def test_a_group_without_members_is_forgotten():
     groups = ThrottleGroups()
     member = groups.join("a", ThrottleLimits(iops_total=RateLimit(10)))

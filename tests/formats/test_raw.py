@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeLeaf, FakeNode
+from memory_leaf import MemoryLeaf
 from nbdserve.block.node import Extent
 from nbdserve.block.run import READ, WRITE, WRITE_FUA, Miss
 from nbdserve.formats.probe import PROBE_SIZE, looks_like_format
@@ -20,6 +21,36 @@ WINDOW = 1000
 
 
 # --- the window ------------------------------------------------------------------------------
+
+
+async def test_a_window_with_an_end_is_not_left():
+    leaf = MemoryLeaf(512)
+    await leaf.write(0, b"0123456789")
+    node = RawNode(leaf, offset=2, size=4)
+    assert node.size == 4
+    data = memoryview(bytearray(4))
+    await node.read(0, data)
+    assert bytes(data) == b"2345"
+    await node.write(2, b"xy")
+    await node.write_zeroes(0, 1, may_unmap=False)
+    before = bytes(leaf.data)
+    assert before.startswith(b"01\x003xy6789")
+    for number, request in (
+        (errno.EINVAL, node.read(1, data)),
+        (errno.ENOSPC, node.write(3, b"12")),
+        (errno.ENOSPC, node.write_fua(3, b"12")),
+        (errno.ENOSPC, node.writev(3, [b"1", b"2"])),
+        (errno.ENOSPC, node.write_zeroes(0, 5, may_unmap=True)),
+        (errno.EINVAL, node.discard(4, 1)),
+    ):
+        with pytest.raises(OSError, match=r"memory: . is beyond 4 bytes") as caught:
+            await request
+        assert caught.value.errno == number
+    # Of a write in pieces the first ones may have been done.
+    assert bytes(leaf.data) == b"01\x003x16789" + bytes(502)
+    for op in (READ, WRITE):
+        assert node.resolve(op, 3, 2) is Miss.OPAQUE
+        assert node.resolve(op, 3, 1) == [(leaf, 5, 1)]
 
 
 def test_the_window_ends_where_the_child_ends():

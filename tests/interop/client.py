@@ -416,10 +416,40 @@ def many(uri, connections):
         handle.shutdown()
 
 
+def every(uri):
+    """Requests of every kind, in flight together and one by one; test_statistics.py knows their
+    numbers."""
+    handle = connected(uri)
+    errors = Errors()
+    small = nbd.Buffer.from_bytearray(bytearray(b"s" * 4096))
+    for number in range(3):
+        handle.aio_pwrite(small, number * 4096, errors.done)
+    settle([handle])
+    handle.flush()
+    for number in range(3):
+        handle.pwrite(b"m" * 64 * KIB, MIB + number * 64 * KIB, nbd.CMD_FLAG_FUA)
+    handle.pwrite(b"l" * 2 * MIB, 8 * MIB)
+    for number in range(4):
+        handle.aio_pread(nbd.Buffer(10_000), number * 5000, errors.done)
+    settle([handle])
+    assert not errors, errors
+    handle.pread(MIB, 7 * MIB + 512 * KIB)  # data and a hole
+    handle.zero(128 * KIB, 16 * MIB)
+    handle.zero(128 * KIB, MIB, nbd.CMD_FLAG_NO_HOLE)
+    handle.trim(MIB, 8 * MIB)
+    handle.block_status(8 * MIB, 4 * MIB, lambda *_: 0)
+    handle.cache(64 * KIB, 0)
+    handle.set_strict_mode(0)
+    assert error_of(lambda: handle.pread(2, handle.get_size() - 1)) == errno.EINVAL
+    handle.flush()
+    handle.flush()
+    handle.shutdown()
+
+
 ACTIONS = {
     action.__name__: action
     for action in (apply, read, overlap, sizes, checkered, single, requests, status, refused,
-                   export_name, options, unknown_export, many)
+                   export_name, options, unknown_export, many, every)
 }
 
 if __name__ == "__main__":

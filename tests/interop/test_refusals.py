@@ -332,7 +332,7 @@ def test_a_feature_that_only_writing_would_harm_is_read(tmp_path, build):
 @pytest.mark.parametrize("is_backing", [False, True])
 @pytest.mark.parametrize(("what", "says"), [
     ("missing", "No such file"), ("folder", "data: "), ("fifo", "neither a regular file"),
-    ("the image", "is the image itself"), ("locked", "lock"), ("unnamed", "names none")])
+    ("the image", "holds an image of this chain"), ("locked", "lock"), ("unnamed", "names none")])
 @pytest.mark.peer("qemu-img", "qemu-nbd")
 def test_a_data_file_that_cannot_be_had(tmp_path, socket_path, what, says, is_backing):
     path, data = tmp_path / "disk.qcow2", tmp_path / "data"

@@ -95,25 +95,37 @@ class BareClient:
     """A client that does just what it is told, badly if so: it sends requests as they are and
     reads replies only when asked.  Simple replies; NBD_OPT_EXPORT_NAME."""
 
-    READ, WRITE, DISC, FLUSH = range(4)
+    READ, WRITE, DISC, FLUSH, TRIM, _, WRITE_ZEROES = range(7)
+    FUA, NO_HOLE = 1, 2
     _REQUEST = struct.Struct(">IHHQQI")
     _REPLY = struct.Struct(">IIQ")
 
-    def __init__(self, path: pathlib.Path, *, negotiate: bool = True) -> None:
+    def __init__(
+        self, path: pathlib.Path, *, negotiate: bool = True, export: bytes = b""
+    ) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(str(path))
         assert self._receive(18).startswith(b"NBDMAGICIHAVEOPT")
         if negotiate:
             no_zeroes_and_fixed = 3
-            self.sock.sendall(struct.pack(">IQII", no_zeroes_and_fixed, 0x49484156454F5054, 1, 0))
+            self.sock.sendall(struct.pack(
+                ">IQII", no_zeroes_and_fixed, 0x49484156454F5054, 1, len(export)) + export)
             self._receive(10)
 
-    def request(self, command: int, cookie: int, offset: int, data: bytes | int) -> bytes:
+    def request(
+        self, command: int, cookie: int, offset: int, data: bytes | int, flags: int = 0
+    ) -> bytes:
         """A request as bytes: `data` is a WRITE's payload or another command's length."""
         payload = data if isinstance(data, bytes) else b""
         length = data if isinstance(data, int) else len(data)
-        return self._REQUEST.pack(0x25609513, 0, command, cookie, offset, length) + payload
+        return self._REQUEST.pack(0x25609513, flags, command, cookie, offset, length) + payload
+
+    def ask(self, request: bytes) -> None:
+        """Send one request that is no READ; its answer is the next, and no error."""
+        self.sock.sendall(request)
+        _, error, cookie = self._REPLY.unpack(self._receive(self._REPLY.size))
+        assert (error, cookie) == (0, self._REQUEST.unpack_from(request)[3])
 
     def replies(self) -> Iterator[tuple[int, int]]:
         """(cookie, error) of each reply until the server closes; none may carry data."""

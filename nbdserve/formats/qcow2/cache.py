@@ -34,10 +34,13 @@ SWEPT = 8
 
 
 class CacheStatistics(NamedTuple):
-    """tables and nb_bytes: held now; loads and evictions: since the image was opened."""
+    """tables and nb_bytes: held now; dirty: of these, not written back yet; loads (misses: a table
+    is loaded once for all who want it) and evictions: since the image was opened. Hits are not
+    counted, see above."""
 
     tables: int
     nb_bytes: int
+    dirty: int
     loads: int
     evictions: int
 
@@ -139,4 +142,10 @@ class TableCache:
 
     def statistics(self) -> CacheStatistics:
         """Counters since the image was opened."""
-        return CacheStatistics(len(self._tables), self._nb_bytes, self._loads, self._evictions)
+        return CacheStatistics(
+            len(self._tables),
+            self._nb_bytes,
+            sum(1 for _ in self.dirty()),
+            self._loads,
+            self._evictions,
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from nbdserve.block.rangelock import RangeLock
@@ -74,6 +75,7 @@ class Image:
         self.durability = durability
         self.locks = RangeLock()
         self.broken: CorruptImage | None = None
+        self.written_back: Counter[str] = Counter()  # tables, by what they are (ordering.What)
         self._wake = wake
 
     @property

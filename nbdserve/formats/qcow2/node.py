@@ -84,9 +84,12 @@ async def open_qcow2(
     data_file: Node | None = None,
     read_only: bool,
     no_flush: bool = False,
+    pass_discard: bool = True,
     cache_sizes: CacheSizes | None = None,
 ) -> Qcow2Node:
     """Open an image whose header was read and whose backing file and data file are open.
+
+    `pass_discard`: clusters that are freed are discarded in the file too.
 
     Read-write, the only thing written is that autoclear feature bits are cleared. Raises
     ImageError (unsupported, damaged), OSError.
@@ -130,6 +133,7 @@ async def open_qcow2(
         quarantine,
         end=geometry.clusters(file.size),
         end_is_zero=not getattr(file, "is_device", True),
+        pass_discard=pass_discard,
     )
     node = Qcow2Node(file, header, geometry, engine, read_only=read_only, no_flush=no_flush)
     node.image = Image(
@@ -151,7 +155,10 @@ async def open_qcow2(
 
 def _check_data_file(header: Header, filename: str, *, given: bool) -> None:
     if header.has_data_file and not given:
-        raise ImageError(f"{filename}: keeps its data in an external data file but names none")
+        raise ImageError(
+            f"{filename}: keeps its data in an external data file but names none;"
+            " data-file.filename= names it"
+        )
     if given and not header.has_data_file:
         raise ImageError(f"{filename}: keeps its data itself, so there can be no data file")
 
@@ -164,6 +171,8 @@ async def _read_table(file: Node, host_offset: int, nb_entries: int) -> Table:
 
 class Qcow2Node(Node):
     """An open qcow2 image."""
+
+    driver = "qcow2"
 
     image: Image
 
@@ -398,11 +407,18 @@ class Qcow2Node(Node):
                     return
 
     def statistics(self) -> dict[str, object]:
+        image = self.image
         return {
-            "l2_cache": self.image.l2.statistics(),
-            "refcount_cache": self.image.refcounts.blocks.statistics(),
-            "quarantine": len(self.image.quarantine),
-            "locks": self.image.locks.statistics(),
+            "l2_cache": image.l2.statistics(),
+            "refcount_cache": image.refcounts.blocks.statistics(),
+            "written_back": dict(image.written_back),
+            "allocated_clusters": image.refcounts.allocated,
+            "freed_clusters": image.refcounts.freed,
+            "quarantine": len(image.quarantine),
+            "locks": image.locks.statistics(),
+            "compressed": self._reader.statistics(),
+            "flushes_begun": self._flushes,
+            "corrupt": image.broken is not None,
         }
 
 

@@ -115,7 +115,7 @@ async def write_back(image: Image) -> None:
                 if number == STAGE[What.L2_ENTRY] and image.data_file is not None:
                     await image.data_file.flush()
                 await image.file.flush()
-                pending = _settle(pending, number)
+                pending = _settle(image, pending, number)
             await _write(image, writes)
             image.durability.file_written()
     except BaseException:
@@ -123,14 +123,16 @@ async def write_back(image: Image) -> None:
             table.not_written()
         image.refcounts.moved_from = moved_from + image.refcounts.moved_from
         raise
-    _settle(pending, len(stages))
+    _settle(image, pending, len(stages))
     for host_offset, nb_clusters in moved_from:
         first = host_offset >> image.geometry.cluster_bits
         for cluster in range(first, first + nb_clusters):
             image.quarantine.add(cluster)
 
 
-def _settle(pending: list[tuple[What, Table]], stage: int) -> list[tuple[What, Table]]:
+def _settle(
+    image: Image, pending: list[tuple[What, Table]], stage: int
+) -> list[tuple[What, Table]]:
     """Tables of the stages before `stage` are written; return the others.
 
     Done as soon as it is true: if a later stage fails, what was written may be linked on disk
@@ -139,6 +141,7 @@ def _settle(pending: list[tuple[What, Table]], stage: int) -> list[tuple[What, T
     for what, table in pending:
         if STAGE[what] < stage:
             table.written()
+            image.written_back[what.name] += 1
     return [(what, table) for what, table in pending if STAGE[what] >= stage]
 
 

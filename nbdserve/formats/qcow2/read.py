@@ -11,7 +11,7 @@ entry together with its guest offset; compressed data is never changed in place.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nbdserve.block.units import MIB
 from nbdserve.errors import CorruptImage
@@ -23,9 +23,16 @@ if TYPE_CHECKING:
     from nbdserve.formats.qcow2.image import Image
     from nbdserve.formats.qcow2.resolve import GuestExtent
 
-__all__ = ["Reader"]
+__all__ = ["CompressedStatistics", "Reader"]
 
 KEPT_BYTES = 4 * MIB
+
+
+class CompressedStatistics(NamedTuple):
+    """decompressed: clusters; reused: reads that found theirs decompressed already."""
+
+    decompressed: int
+    reused: int
 
 
 class Reader:
@@ -36,6 +43,8 @@ class Reader:
         self._engine = engine
         self._decompress: Decompressor | None = None
         self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._decompressed = 0
+        self._reused = 0
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from the guest offset. Raises CorruptImage, OSError."""
@@ -68,6 +77,7 @@ class Reader:
         cluster = self._kept.get(key)
         if cluster is not None:
             self._kept.move_to_end(key)
+            self._reused += 1
             return cluster
         image = self._image
         if self._decompress is None:
@@ -82,6 +92,7 @@ class Reader:
         except CorruptImage as error:
             # Damaged data, not metadata: its reader gets an error, the image is none the worse.
             raise OSError(error.errno, str(error)) from None
+        self._decompressed += 1
         self._kept[key] = cluster
         while len(self._kept) * image.geometry.cluster_size > KEPT_BYTES:
             self._kept.popitem(last=False)
@@ -90,3 +101,7 @@ class Reader:
     def forget_compressed(self) -> None:
         """Host clusters were freed: what comes to lie there may get an entry that was kept."""
         self._kept.clear()
+
+    def statistics(self) -> CompressedStatistics:
+        """Counters since the image was opened."""
+        return CompressedStatistics(self._decompressed, self._reused)

@@ -64,10 +64,14 @@ class Refcounts:
         *,
         end: int,
         end_is_zero: bool,
+        pass_discard: bool = True,
     ) -> None:
-        """`end`: index of the first cluster past the end of the file."""
+        """`end`: index of the first cluster past the end of the file. `pass_discard`: what becomes
+        free is discarded in the file too."""
         self.table = table
         self.moved_from: list[tuple[int, int]] = []  # (host offset, nb_clusters) of former tables
+        self.allocated = 0  # clusters since the image was opened, those of metadata too
+        self.freed = 0
         self.blocks: TableCache  # set by the node: the cache loads through this object
         self._file = file
         self._geometry = geometry
@@ -75,6 +79,7 @@ class Refcounts:
         self._quarantine = quarantine
         self._end = end
         self._end_is_zero = end_is_zero
+        self._pass_discard = pass_discard
         self._searched = 0  # refcount blocks below this index have been searched
         self._search_end = -(-end // geometry.block_entries)
         self._free: list[tuple[int, int]] = []  # runs: first cluster, count
@@ -117,6 +122,7 @@ class Refcounts:
         block = self.blocks.peek(clusters.first >> self._geometry.block_bits)
         assert block is not None
         index = clusters.first & (self._geometry.block_entries - 1)
+        self.allocated -= clusters.count
         for number in range(clusters.count):
             block.set(index + number, 0)
         if clusters.first + clusters.count == self._end and clusters.zeroed:
@@ -134,6 +140,7 @@ class Refcounts:
             self._metadata.assert_free(first + taken)
             block.set(index + taken, 1)
             taken += 1
+        self.allocated += taken
         self._consume(max(taken, 1), at_end)
         return Clusters(first, taken, at_end and self._end_is_zero) if taken else None
 
@@ -164,6 +171,7 @@ class Refcounts:
         """A new block for `index`, placed in `cluster`."""
         geometry = self._geometry
         self._metadata.assert_free(cluster)
+        self.allocated += 1
         self.blocks.make_room()  # nothing is loaded in a file that only grows
         block = Table(
             empty_refcounts(geometry.block_entries, geometry.refcount_bits),
@@ -203,6 +211,7 @@ class Refcounts:
         entries.extend([0] * (nb_clusters * geometry.l2_entries - len(entries)))
         self.table = Table(entries, host_offset, fresh=True)
         self.moved_from.append((old.host_offset, geometry.clusters(old.nb_bytes)))
+        self.allocated += nb_clusters
         for cluster in range(start, start + nb_clusters):
             self._metadata.assert_free(cluster)
             self._metadata.add(cluster << geometry.cluster_bits)
@@ -269,7 +278,7 @@ class Refcounts:
         freed = list(runs(c for c, count in times.items() if block.entries[c - low] == count))
         # Discarded while they still count as used: once a refcount is zero, even if only the
         # search for free clusters sees it, somebody may be writing to the cluster.
-        for first, count in freed:
+        for first, count in freed if self._pass_discard else ():
             with suppress(OSError):  # a hint
                 await self._file.discard(
                     first << geometry.cluster_bits, count << geometry.cluster_bits
@@ -278,6 +287,7 @@ class Refcounts:
         for cluster, count in times.items():
             block.set(cluster - low, max(block.entries[cluster - low] - count, 0))
         for first, count in freed:
+            self.freed += count
             for cluster in range(first, first + count):
                 self._metadata.discard(cluster << geometry.cluster_bits)
             # What lies in a block not searched yet will be found by the search.

@@ -187,3 +187,21 @@ async def test_a_table_that_is_replaced():
     assert disk.cache.statistics().nb_bytes == 0
     disk.cache.add(1, Table(array("Q", [8] * 64), 512))
     assert disk.cache.peek(1).entries[0] == 8
+
+
+async def test_what_is_dirty_is_known_without_looking_at_all_tables():
+    disk = Disk(8)
+    for index in range(4):
+        await disk.cache.get(index)
+    assert disk.cache.dirty() == []
+    for index in (3, 1):
+        disk.cache.peek(index).set(0, 7)
+    assert [table.host_offset for table in disk.cache.dirty()] == [3 * 512, 512]
+    disk.cache.add(9, Table(array("Q", [0] * 64), 9 * 512, fresh=True))
+    assert len(disk.cache.dirty()) == 3
+    removed = disk.cache.peek(3)
+    disk.cache.remove(3)
+    removed.set(1, 7)  # nobody's any more
+    assert [table.host_offset for table in disk.cache.dirty()] == [512, 9 * 512]
+    await disk.write_back()
+    assert disk.cache.dirty() == []

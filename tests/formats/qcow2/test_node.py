@@ -1,5 +1,7 @@
 """The node's own life: opening, block status, the quarantine over requests, settling, closing."""
 
+import errno
+
 import pytest
 import trio
 
@@ -272,6 +274,48 @@ async def test_statistics(empty):
     assert root["l2_cache"].tables == 1
     assert root["refcount_cache"].tables == 1
     assert root["locks"] == 0
+    assert root["corrupt"] is False
+
+
+async def test_statistics_of_clusters_and_of_what_was_written_back(empty):
+    async with open_memory(empty) as (backend, node):
+
+        def found():
+            said = backend.statistics()["nodes"]["root"]
+            return said["allocated_clusters"], said["freed_clusters"], said["written_back"]
+
+        assert found() == (0, 0, {})
+        await backend.write(3 * C, b"o" * 2 * C)
+        assert backend.write_nowait(0, b"o" * C) is None
+        allocated, freed, written = found()
+        assert (freed, written) == (0, {})
+        assert allocated == 3 + 1  # an L2 table; the refcount block was there
+        assert node.statistics()["l2_cache"].dirty == 1
+        await backend.flush()
+        assert found()[2] == {"REFCOUNT": 1, "NEW_L2_TABLE": 1, "L1_ENTRY": 1}
+        assert node.statistics()["l2_cache"].dirty == 0
+        await backend.discard(3 * C, 2 * C)
+        await backend.flush()
+        await backend.flush()
+        assert found()[:2] == (4, 2)
+        assert found()[2]["L2_ENTRY"] == 1
+
+
+async def test_a_failed_write_back_counts_only_what_was_written(empty):
+    async with open_memory(empty) as (backend, node):
+        await backend.write(0, b"o" * C)
+        write = node.image.file.write_nowait
+
+        def refuse(offset, data):
+            raise OSError(errno.EIO, "no")
+
+        node.image.file.write_nowait = refuse
+        with pytest.raises(OSError, match="no"):
+            await backend.flush()
+        assert node.statistics()["written_back"] == {}
+        node.image.file.write_nowait = write
+        await backend.flush()
+        assert node.statistics()["written_back"]["REFCOUNT"] == 1
 
 
 async def test_a_write_over_an_entry_that_points_at_the_header(empty):

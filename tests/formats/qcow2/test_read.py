@@ -62,6 +62,7 @@ async def test_a_compressed_cluster_is_inflated_once_for_all_its_pieces(mixed):
             await backend.read(start, data)
             assert data == wanted[start : start + 512]
         assert reads.count(where) == 1
+        assert backend.statistics()["nodes"]["root"]["compressed"] == (1, 7)
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff\xff", deflate(b"short")])

@@ -96,7 +96,9 @@ async def test_what_is_put_back_is_taken_again(image):
     async with open_memory(image()) as (_, node):
         refcounts = node.image.refcounts
         taken = await refcounts.take(5)
+        assert refcounts.allocated == 5
         refcounts.put_back(taken)
+        assert refcounts.allocated == 0
         assert refcounts.take_nowait(5) == taken
 
 

@@ -132,3 +132,39 @@ def test_one_snapshot_at_a_time():
     it.snapshot()
     with pytest.raises(AssertionError):
         it.snapshot()
+
+
+def test_a_table_is_in_its_registry_exactly_while_it_is_dirty():
+    it, other = table(1024), table(1024)
+    registry = it.registry = other.registry = {}
+    other.set(0, 1)
+    it.set(0, 1)
+    it.set(900, 2)
+    assert list(registry) == [other, it]
+    it.snapshot()
+    assert list(registry) == [other]
+    it.set(1, 3)
+    it.written()
+    assert list(registry) == [other, it]
+    it.snapshot()
+    it.not_written()
+    assert list(registry) == [other, it]
+    it.snapshot()
+    it.written()
+    it.not_written()  # nothing was on its way
+    assert list(registry) == [other]
+    it.touch_all()
+    assert list(registry) == [other, it]
+
+
+def test_slices():
+    it = table(2048)
+    assert it.slices(0, 511) == range(0, 1)
+    assert it.slices(511, 512) == range(0, 2)
+    assert it.slices(1024, 2047) == range(2, 4)
+    it.set(600, 1)
+    assert [it.is_written(number) for number in range(4)] == [True, False, True, True]
+    it.snapshot()
+    assert not it.is_written(1)
+    it.written()
+    assert it.is_written(1)

@@ -1,0 +1,385 @@
+"""What is asked of each node of a tree: options as typed values, one class per driver.
+
+From imageopts.py's flat dict, whose keys are strings, to frozen dataclasses in which every name is
+known and every value has its type. None means that an option was not given: what it then is
+depends on the node above (inherit.py) or on the image (a backing file, a format to be probed), and
+only graph.py, which opens nodes, sees both. Nothing here opens a file.
+
+An option that a driver does not have is refused by its name. That covers options of QEMU's drivers
+that have no counterpart here: to accept one is to promise what it does.
+
+Names, types and defaults follow bdrv_runtime_opts (block.c) and the runtime options of
+block/qcow2.c, block/raw-format.c, block/file-posix.c and block/throttle.c.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.imageopts import Options, children_of, options_of_name
+from nbdserve.units import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from nbdserve.imageopts import Scalar
+
+__all__ = [
+    "AIO_MODES",
+    "DETECT_ZEROES_MODES",
+    "DISCARD_MODES",
+    "FORMATS",
+    "Aio",
+    "DetectZeroes",
+    "Discard",
+    "FileOptions",
+    "NodeOptions",
+    "ProbedOptions",
+    "Qcow2Options",
+    "RawOptions",
+    "ThrottleOptions",
+    "image_tree",
+    "parse_node",
+]
+
+T = TypeVar("T")
+N = TypeVar("N", bound="NodeOptions")
+
+Aio = Literal["threads", "io_uring", "native"]
+DetectZeroes = Literal["off", "on", "unmap"]
+Discard = Literal["ignore", "unmap"]
+FileDriver = Literal["file", "host_device"]
+Locking = Literal["auto", "on", "off"]
+
+BOOLEANS: dict[str, bool] = {
+    **dict.fromkeys(("on", "yes", "true", "y"), True),
+    **dict.fromkeys(("off", "no", "false", "n"), False),
+}
+"""Every spelling of a bool (follows ``qapi_bool_parse``)."""
+
+DISCARD_MODES: dict[str, Discard] = {
+    "ignore": "ignore",
+    "off": "ignore",
+    "unmap": "unmap",
+    "on": "unmap",
+}
+"""Every spelling of a discard mode (follows ``bdrv_parse_discard_flags``)."""
+
+DETECT_ZEROES_MODES: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
+AIO_MODES: dict[str, Aio] = {"threads": "threads", "io_uring": "io_uring", "native": "native"}
+LOCKING_MODES: dict[str, Locking] = {"auto": "auto", "on": "on", "off": "off"}
+
+FORMATS = ("qcow2", "raw")
+"""The drivers that probing can find, and that a format may name."""
+
+_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
+MAX_NODE_NAME = 31
+"""Bytes; QEMU keeps node names in 32 bytes."""
+
+SECTOR = 512
+
+MIN_REFCOUNT_CACHE = 256 << 10
+"""Bytes of a cache-size that go to refcounts: four blocks of 64 KiB (MIN_REFCOUNT_CACHE_SIZE)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """What every node takes, whatever its driver. `direct` and `no_flush` are cache.direct and
+    cache.no-flush; `auto_read_only`: a file is opened read-only if the node above only reads."""
+
+    node_name: str | None = None
+    read_only: bool | None = None
+    auto_read_only: bool | None = None
+    force_share: bool | None = None
+    direct: bool | None = None
+    no_flush: bool | None = None
+    discard: Discard | None = None
+    detect_zeroes: DetectZeroes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOptions(NodeOptions):
+    """A host file. `driver` None: file or host_device, whichever it is. `aio` None: the server's.
+    locking: auto and on are one here, off takes no locks and looks for none."""
+
+    filename: str
+    driver: FileDriver | None = None
+    aio: Aio | None = None
+    locking: Locking = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawOptions(NodeOptions):
+    """A window of `size` bytes at `offset` in the child; size None: to its end."""
+
+    file: NodeOptions
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2Options(NodeOptions):
+    """A qcow2 image. `backing`: options for the backing file, which go before what the image says;
+    empty: only the image is asked; None: there is none, whatever the image says. They stay a dict
+    because what they lack is in the image's header. `data_file`, whole, goes before what the image
+    says; None: the image is asked. Cache sizes in bytes, None: the default."""
+
+    file: NodeOptions
+    data_file: NodeOptions | None = None
+    backing: Options | None = field(default_factory=dict)
+    l2_cache_size: int | None = None
+    refcount_cache_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrottleOptions(NodeOptions):
+    """The filter that limits what passes, by the limits of a group."""
+
+    file: NodeOptions
+    group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbedOptions(NodeOptions):
+    """An image whose format the file tells. `rest`: all options but those of the file, to be read
+    once the driver is known; `path` as in `parse_node`."""
+
+    file: NodeOptions
+    rest: Options
+    path: str
+
+    def of_format(self, driver: str) -> NodeOptions:
+        """The options for the driver that was found. Raises ConfigError: it does not have them."""
+        return PARENTS[driver](_Reader(self.rest, self.path), self.file)
+
+
+def parse_node(options: Mapping[str, Scalar], path: str = "") -> NodeOptions:
+    """A node and all below it.
+
+    :param path: what stands before an option's name in an error, for example "backing.".
+    :raises ConfigError: unknown, missing or contradictory options, or values of a wrong type.
+    """
+    return _node(options, path, is_child=False)
+
+
+def image_tree(
+    name: str,
+    image_format: str | None,
+    *,
+    directory: str = "",
+    given: Mapping[str, Scalar] | None = None,
+    path: str = "",
+) -> NodeOptions:
+    """The tree that an image's name stands for, and the name of its format.
+
+    A format goes before one that a json: name says, and options that are `given` go before both
+    (bdrv_open_backing_file). `directory` as in `options_of_name`, `path` as in `parse_node`.
+
+    :raises ImageError: a format that there is not.
+    :raises ConfigError: as `options_of_name` and `parse_node`.
+    """
+    options = options_of_name(name, directory)
+    if image_format is not None:
+        if image_format not in FORMATS:
+            file = options.get("file.filename", name)
+            known = ", ".join(FORMATS)
+            raise ImageError(f"{file}: unknown format {image_format!r}; known are {known}")
+        options["driver"] = image_format
+    return parse_node({**options, **(given or {})}, path)
+
+
+def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOptions:
+    """`is_child`: without a driver it is a host file, not an image to probe (bdrv_inherited_options
+    sets BDRV_O_PROTOCOL for the child of a format)."""
+    reader = _Reader(options, path)
+    driver = reader.text("driver")
+    if driver in FILE_DRIVERS or (driver is None and is_child):
+        return _file(reader, FILE_DRIVERS[driver] if driver else None)
+    if driver is not None and driver not in PARENTS:
+        known = ", ".join([*PARENTS, *FILE_DRIVERS])
+        raise ConfigError(f"{path}driver: unknown driver {driver!r}; known are {known}")
+    below = reader.child("file")
+    if not below:
+        alternative = f"{path}driver or " if driver is None else ""
+        raise ConfigError(f"{alternative}{path}file.filename must be given")
+    file = _node(below, f"{path}file.", is_child=True)
+    if driver is not None:
+        return PARENTS[driver](reader, file)
+    rest = reader.left()
+    return ProbedOptions(file=file, rest=rest, path=path, **reader.common())
+
+
+def _file(reader: _Reader, driver: FileDriver | None) -> FileOptions:
+    filename = reader.text("filename")
+    if not filename:
+        raise ConfigError(f"{reader.path}filename must be given")
+    return reader.finish(
+        FileOptions,
+        driver or "file",
+        filename=filename,
+        driver=driver,
+        aio=reader.choice("aio", AIO_MODES),
+        locking=reader.choice("locking", LOCKING_MODES) or "auto",
+    )
+
+
+def _raw(reader: _Reader, file: NodeOptions) -> RawOptions:
+    offset, size = reader.size("offset") or 0, reader.size("size")
+    if size is not None and size % SECTOR:
+        raise ConfigError(f"{reader.path}size: {size} is not a multiple of {SECTOR}")
+    return reader.finish(RawOptions, "raw", file=file, offset=offset, size=size)
+
+
+def _qcow2(reader: _Reader, file: NodeOptions) -> Qcow2Options:
+    l2, refcount = _cache_sizes(reader)
+    data_file = reader.child("data-file")
+    return reader.finish(
+        Qcow2Options,
+        "qcow2",
+        file=file,
+        data_file=_node(data_file, f"{reader.path}data-file.", is_child=True)
+        if data_file
+        else None,
+        backing=reader.child("backing", nullable=True),
+        l2_cache_size=l2,
+        refcount_cache_size=refcount,
+    )
+
+
+def _cache_sizes(reader: _Reader) -> tuple[int | None, int | None]:
+    """(L2, refcount) in bytes; cache-size is the sum of both (follows ``read_cache_sizes``)."""
+    names = ("cache-size", "l2-cache-size", "refcount-cache-size")
+    total, l2, refcount = (reader.size(name) for name in names)
+    if total is None:
+        return l2, refcount
+    path = reader.path
+    if l2 is not None and refcount is not None:
+        raise ConfigError(f"{path}{', '.join(names)} cannot all be set: one is the sum of the two")
+    for name, part in zip(names[1:], (l2, refcount), strict=True):
+        if part is not None and part > total:
+            raise ConfigError(f"{path}{name}: {part} is more than cache-size, {total}")
+    if l2 is not None:
+        return l2, total - l2
+    refcount = min(refcount if refcount is not None else MIN_REFCOUNT_CACHE, total)
+    return total - refcount, refcount
+
+
+def _throttle(reader: _Reader, file: NodeOptions) -> ThrottleOptions:
+    group = reader.text("throttle-group")
+    if not group:
+        raise ConfigError(f"{reader.path}throttle-group must be given")
+    return reader.finish(ThrottleOptions, "throttle", file=file, group=group)
+
+
+FILE_DRIVERS: dict[str, FileDriver] = {"file": "file", "host_device": "host_device"}
+PARENTS: dict[str, Callable[[_Reader, NodeOptions], NodeOptions]] = {
+    "qcow2": _qcow2,
+    "raw": _raw,
+    "throttle": _throttle,
+}
+"""Drivers that stand on another node, by name."""
+
+
+class _Reader:
+    """Takes the options of one node out of a dict, so that what is left has no meaning."""
+
+    def __init__(self, options: Mapping[str, Scalar], path: str) -> None:
+        self.path = path
+        self._options = dict(options)
+
+    def left(self) -> Options:
+        """What was not taken yet."""
+        return dict(self._options)
+
+    def text(self, key: str) -> str | None:
+        return self._take(key, "a string", lambda value: value if isinstance(value, str) else None)
+
+    def boolean(self, key: str) -> bool | None:
+        def convert(value: Scalar) -> bool | None:
+            return BOOLEANS.get(value) if isinstance(value, str) else _only(value, bool)
+
+        return self._take(key, "on or off", convert)
+
+    def size(self, key: str) -> int | None:
+        def convert(value: Scalar) -> int | None:
+            if isinstance(value, bool) or not isinstance(value, (int, str)):
+                return None
+            return parse_size(str(value), f"{self.path}{key}")
+
+        return self._take(key, "a size in bytes", convert)
+
+    def choice(self, key: str, known: Mapping[str, T]) -> T | None:
+        def convert(value: Scalar) -> T | None:
+            return known.get(value) if isinstance(value, str) else None
+
+        return self._take(key, f"one of {', '.join(known)}", convert)
+
+    def child(self, name: str, *, nullable: bool = False) -> Options | None:
+        """The options of a child; empty if none are given. `nullable`: null or an empty value in
+        their place say that there shall be no child, which is None."""
+        if name in self._options:
+            value = self._options.pop(name)
+            if nullable and value in (None, ""):
+                return None
+            raise ConfigError(
+                f"{self.path}{name}: there is no node {value!r} to refer to;"
+                f" a file is named by {self.path}{name}.filename"
+            )
+        found = children_of(self._options, name)
+        for key in found:
+            del self._options[f"{name}.{key}"]
+        return found
+
+    def finish(self, kind: type[N], driver: str, /, **fields: Any) -> N:  # noqa: ANN401
+        """The node, once all its own options were taken. Raises ConfigError for what is left."""
+        node = kind(**fields, **self.common())
+        for key in self._options:
+            raise ConfigError(f"{self.path}{key}: the driver {driver} has no such option")
+        return node
+
+    def common(self) -> dict[str, Any]:
+        """The fields of NodeOptions."""
+        name = self.text("node-name")
+        if name is not None:
+            _check_node_name(f"{self.path}node-name", name)
+        return {
+            "node_name": name,
+            "read_only": self.boolean("read-only"),
+            "auto_read_only": self.boolean("auto-read-only"),
+            "force_share": self.boolean("force-share"),
+            "direct": self.boolean("cache.direct"),
+            "no_flush": self.boolean("cache.no-flush"),
+            "discard": self.choice("discard", DISCARD_MODES),
+            "detect_zeroes": self.choice("detect-zeroes", DETECT_ZEROES_MODES),
+        }
+
+    def _take(self, key: str, kind: str, convert: Callable[[Scalar], T | None]) -> T | None:
+        if key not in self._options:
+            return None
+        value = self._options.pop(key)
+        converted = convert(value)
+        if converted is None:
+            raise ConfigError(f"{self.path}{key}: {_spelt(value)} is not {kind}")
+        return converted
+
+
+def _only(value: Scalar, kind: type[T]) -> T | None:
+    return value if isinstance(value, kind) else None
+
+
+def _spelt(value: Scalar) -> str:
+    return repr(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _check_node_name(option: str, name: str) -> None:
+    """Follows id_wellformed and bdrv_assign_node_name."""
+    if not _NODE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{option}: {name!r} is not a name: letters, digits and - . _ after a first letter"
+        )
+    if len(name) > MAX_NODE_NAME:
+        raise ConfigError(f"{option}: {name!r} is longer than {MAX_NODE_NAME} characters")

@@ -1,0 +1,105 @@
+"""IMAGE and the options beside it: what to open, from a file name or from --image-opts.
+
+An option of the command line and one of the uppermost node in --image-opts may say the same thing,
+such as --cache=none and cache.direct=on. QEMU lets the node's win without a word; here they must
+agree. What the command line leaves open has the command's default, and the node's option wins.
+
+cache.writeback is no option of a node but of the drive, as in QEMU's -drive (qemu-nbd has it not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nbdserve.blockdev import (
+    AIO_MODES,
+    BOOLEANS,
+    DETECT_ZEROES_MODES,
+    DISCARD_MODES,
+    parse_node,
+)
+from nbdserve.config import CACHE_AUTO, CACHE_MODES, CacheMode, ImageConfig
+from nbdserve.errors import ConfigError, naming
+from nbdserve.imageopts import parse_image_opts
+
+if TYPE_CHECKING:
+    from nbdserve.blockdev import NodeOptions
+    from nbdserve.config import ThrottleConfig
+
+__all__ = ["DEFAULT_CACHE", "image_config"]
+
+DEFAULT_CACHE = "writeback"
+
+WRITEBACK = "cache.writeback"
+
+SPELLED: dict[object, object] = {True: "on", False: "off"}
+
+
+def image_config(
+    image: str, options: dict[str, Any], *, discard: str, throttle: ThrottleConfig | None
+) -> ImageConfig:
+    """What to open for IMAGE.
+
+    :param options: click's values by parameter name; None where an option was not given.
+    :param discard: the command's default.
+    :raises ConfigError: as ImageConfig; or options that contradict each other.
+    """
+    said = options["cache"]
+    common: dict[str, Any] = {
+        "read_only": options["read_only"],
+        "force_share": options["force_share"],
+        "cache": {**CACHE_MODES, "auto": CACHE_AUTO}[said or DEFAULT_CACHE],
+        "discard": DISCARD_MODES[options["discard"] or discard],
+        "detect_zeroes": DETECT_ZEROES_MODES[options["detect_zeroes"] or "off"],
+        "aio": None if options["aio"] is None else AIO_MODES[options["aio"]],
+        "offset": options["offset"],
+        "throttle": throttle,
+    }
+    if not options["image_opts"]:
+        return ImageConfig(image, options["format"], **common)
+    if options["format"] is not None:
+        raise ConfigError("--image-opts and -f are mutually exclusive")
+    with naming("--image-opts"):
+        given = parse_image_opts(image)
+        common["cache"] = _with_writeback(common["cache"], said, given.pop(WRITEBACK, None))
+        tree = parse_node(given)
+        _check_agreement(options, common, tree)
+        return ImageConfig(image, options=tree, **common)
+
+
+def _check_agreement(
+    options: dict[str, Any], common: dict[str, Any], tree: NodeOptions
+) -> None:
+    """Raises ConfigError if an option that was given says other than the uppermost node's own.
+
+    `common`: what the options mean, as fields of ImageConfig.
+    """
+    cache = common["cache"]
+    both = (
+        ("cache", cache.direct, "cache.direct", tree.direct),
+        ("cache", cache.no_flush, "cache.no-flush", tree.no_flush),
+        ("discard", common["discard"], "discard", tree.discard),
+        ("detect_zeroes", common["detect_zeroes"], "detect-zeroes", tree.detect_zeroes),
+        ("read_only", True, "read-only", tree.read_only),
+        ("force_share", True, "force-share", tree.force_share),
+    )
+    for name, meant, node_option, node_meant in both:
+        given = options[name]
+        if given and node_meant is not None and node_meant != meant:
+            option = f"--{name.replace('_', '-')}" + ("" if given is True else f"={given}")
+            raise ConfigError(
+                f"{node_option}={SPELLED.get(node_meant, node_meant)} contradicts {option}"
+            )
+
+
+def _with_writeback(mode: CacheMode, said: str | None, value: object) -> CacheMode:
+    """The cache mode, once cache.writeback has been heard."""
+    if value is None:
+        return mode
+    if value not in BOOLEANS:
+        raise ConfigError(f"{WRITEBACK}: {value!r} is not on or off")
+    writeback = BOOLEANS[str(value)]
+    if said is not None and writeback != mode.writeback:
+        raise ConfigError(f"{WRITEBACK}={value} contradicts --cache={said}")
+    return replace(mode, writeback=writeback)
