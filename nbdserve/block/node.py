@@ -168,6 +168,14 @@ class Node:
     async def flush_to_disk(self) -> None:
         """Sync what this node itself stores; only leaves store anything."""
 
+    def presume_written(self) -> None:
+        """The next flush shall sync, as after a write: what was in the files when they were opened
+        may have been written by somebody else, and shall be durable too."""
+        for role in ("file", "data-file"):
+            child = self.children.get(role)
+            if child is not None:
+                child.presume_written()
+
     def drain_begin(self) -> None:
         """From now on hold no request up but for its I/O; let go those that are held up already.
 
@@ -228,6 +236,9 @@ class Leaf(Node):
     def submit_sync(self, done: Done) -> None:
         """Sync what is stored here; `generation` sees to it that one runs at a time."""
         raise OSError(22, f"{type(self).__name__} does not sync")
+
+    def presume_written(self) -> None:
+        self.generation.written += 1
 
     def flush_nowait(self) -> bool:
         return self.no_flush or self.generation.flush_nowait()

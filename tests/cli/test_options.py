@@ -189,6 +189,7 @@ def test_every_option_of_qemu_nbd_is_known():
         (("compat=v2",), {"version": 2}),
         (("lazy_refcounts",), {"lazy_refcounts": True}),
         (("lazy_refcounts=off",), {"lazy_refcounts": False}),
+        (("data_file=a,,b,data_file_raw=on",), {"data_file": "a,b", "data_file_raw": True}),
         (("lazy_refcounts=yes", "compression_type=zstd"),
          {"lazy_refcounts": True, "compression_type": "zstd"}),
     ],
