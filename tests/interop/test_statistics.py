@@ -162,7 +162,7 @@ def test_in_the_background_too(image, tmp_path):
     """With --fork -v stderr stays; without -v it does not, and the signal harms nothing."""
     for verbose in (True, False):
         pid_file, socket = tmp_path / f"pid{verbose}", tmp_path / f"socket{verbose}"
-        log = tmp_path / "log"
+        log = tmp_path / f"log{verbose}"
         options = ["--fork", "--pid-file", pid_file, "-k", socket, *(["-v"] if verbose else [])]
         argv = " ".join(map(str, [*NBDSERVE, "serve", *options, image]))
         peers.run("sh", "-c", f"{argv} >/dev/null 2>{log}")
@@ -170,7 +170,7 @@ def test_in_the_background_too(image, tmp_path):
         one = BareClient(socket)
         os.kill(pid, signal.SIGUSR1)
         if verbose:
-            wait_until(lambda: DONE in (tmp_path / "log").read_text())
+            wait_until(lambda: DONE in log.read_text())  # noqa: B023
         one.sock.sendall(one.request(one.READ, 1, 0, 512))
         assert len(one._receive(528)) == 528
         one.close()
