@@ -125,9 +125,11 @@ class RawOptions(NodeOptions):
 class Qcow2Options(NodeOptions):
     """A qcow2 image. `backing`: options for the backing file, which go before what the image says;
     empty: only the image is asked; None: there is none, whatever the image says. They stay a dict
-    because what they lack is in the image's header. Cache sizes in bytes, None: the default."""
+    because what they lack is in the image's header. `data_file`, whole, goes before what the image
+    says; None: the image is asked. Cache sizes in bytes, None: the default."""
 
     file: NodeOptions
+    data_file: NodeOptions | None = None
     backing: Options | None = field(default_factory=dict)
     l2_cache_size: int | None = None
     refcount_cache_size: int | None = None
@@ -234,10 +236,14 @@ def _raw(reader: _Reader, file: NodeOptions) -> RawOptions:
 
 def _qcow2(reader: _Reader, file: NodeOptions) -> Qcow2Options:
     l2, refcount = _cache_sizes(reader)
+    data_file = reader.child("data-file")
     return reader.finish(
         Qcow2Options,
         "qcow2",
         file=file,
+        data_file=_node(data_file, f"{reader.path}data-file.", is_child=True)
+        if data_file
+        else None,
         backing=reader.child("backing", nullable=True),
         l2_cache_size=l2,
         refcount_cache_size=refcount,

@@ -57,6 +57,10 @@ CACHE_MODES: dict[str, CacheMode] = {
 """The modes by their name on the command line (follows ``bdrv_parse_cache_mode``)."""
 
 
+CACHE_AUTO = CacheMode("auto", direct=True, no_flush=False, writeback=True)
+"""As none where io_uring and O_DIRECT are to be had for all files, else as writeback (graph.py)."""
+
+
 MAX_LIMIT = 10**15
 """Largest value of a throttle's limits, and of a maximum times its length (THROTTLE_VALUE_MAX)."""
 

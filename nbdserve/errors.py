@@ -52,6 +52,10 @@ class CorruptImage(ImageError):
     default_errno = errno.EIO
 
 
+class NoDirectIOError(ImageError):
+    """A file, or what it is on, that cannot be opened with O_DIRECT."""
+
+
 class LockedError(ImageError):
     """Another process holds a lock on the image that excludes what we want to do with it."""
 

@@ -7,8 +7,10 @@ root down, each node flushed before what it stands on is closed.
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,10 @@ import trio
 
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.throttled import ThrottledBackend
+from nbdserve.config import CACHE_AUTO, CACHE_MODES
 from nbdserve.drivers.locks import PERMISSIONS, ImageLock, Role
 from nbdserve.engines.start import Engines
-from nbdserve.errors import ImageError
+from nbdserve.errors import ImageError, NoDirectIOError
 from nbdserve.filters.throttle_group import ThrottleGroups, ThrottleMember
 from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.inherit import root_settings
@@ -27,7 +30,10 @@ from nbdserve.opener import NodeNames, Opener
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
+    from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig, ThrottleLimits
+
+log = logging.getLogger("nbdserve.graph")
 
 __all__ = ["Shared", "locked_for_creation", "open_backend", "shared_by_drives"]
 
@@ -73,10 +79,9 @@ async def open_backend(
             async with open_backend(config, alone) as backend:
                 yield backend
         return
-    opener = Opener(shared.engines, shared.groups, shared.names)
+    config, opener, root = await _open_tree(config, shared)
     settings = root_settings(config.tree, config.flags)
     try:
-        root = await opener.open_root(config.tree, settings)
         if config.offset:
             root = opener.window(root, config.offset)
         # What is still running when the body is left, requests and the nodes' own tasks, is cut
@@ -106,6 +111,36 @@ async def open_backend(
             for engine in opener.engines:
                 await engine.idle()  # reads that were submitted, which no task waits for
             await opener.close()
+
+
+async def _open_tree(config: ImageConfig, shared: Shared) -> tuple[ImageConfig, Opener, Node]:
+    """The tree of nodes, and the configuration with the cache mode that --cache=auto came to.
+
+    That is found out by opening the tree with O_DIRECT: backing files count too, and only the
+    images say what they are.
+    """
+    is_auto = config.cache is CACHE_AUTO
+    if is_auto and config.aio is None and shared.engines.get(None, direct=True).name != "io_uring":
+        return await _open_tree(_decided(config, "writeback", "io_uring is not to be had"), shared)
+    opener = Opener(shared.engines, shared.groups, shared.names)
+    try:
+        root = await opener.open_root(config.tree, root_settings(config.tree, config.flags))
+    except BaseException as error:
+        with trio.CancelScope(shield=True):
+            await opener.close()
+        if is_auto and isinstance(error, NoDirectIOError):
+            why = str(error).partition(";")[0]
+            return await _open_tree(_decided(config, "writeback", why), shared)
+        raise
+    if is_auto:
+        config = _decided(config, "none", "its files can be opened with O_DIRECT")
+    return config, opener, root
+
+
+def _decided(config: ImageConfig, mode: str, why: str) -> ImageConfig:
+    # At this level because the user has asked to be told.
+    log.warning("%s: --cache=auto: %s, as %s", config.filename, mode, why)
+    return replace(config, cache=CACHE_MODES[mode])
 
 
 @contextmanager

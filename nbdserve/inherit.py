@@ -31,7 +31,7 @@ class ChildRole(enum.Enum):
     """What a child is to its parent (BdrvChildRole)."""
 
     FILE = enum.auto()
-    """What a format stores everything in, or what a filter filters."""
+    """What a format stores everything, or its data alone, in; or what a filter filters."""
     BACKING = enum.auto()
     """What an image reads where it has nothing of its own (BDRV_CHILD_COW)."""
 

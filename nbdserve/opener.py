@@ -3,13 +3,14 @@
 With graph.py the only module that knows every driver. A tree is asked for by NodeOptions. What they
 leave open is found out on the way down, in this order: settings come from the node above
 (inherit.py), a file is opened, its format probed unless it was named, its lock taken, a header
-read, and the backing file that it names opened in turn, read-only. Then nodes are made from the
-leaves up.
+read, and the data file and backing file that it names opened in turn, the latter read-only. Then
+nodes are made from the leaves up.
 
 Images are untrusted, and so is what a header says of a backing file, which may be a whole tree
-(``json:``). A path from the root that comes back to a file it already holds is refused: such an
-image would never finish opening, or never finish reading. So are too long a path and too large a
-tree.
+(``json:``). The name of a data file is a plain path, relative to the working directory, which is
+neither probed nor taken for a protocol's; that is QEMU's reading too. A path from the root that
+comes back to a file it already holds is refused: such an image would never finish opening, or never
+finish reading. So are too long a path and too large a tree.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Use(enum.Enum):
     EXPORT = enum.auto()
     BACKING = enum.auto()
     FORMAT = enum.auto()
+    DATA = enum.auto()
 
 
 ROLES: dict[tuple[Use, bool], Role] = {
@@ -82,6 +84,8 @@ ROLES: dict[tuple[Use, bool], Role] = {
     (Use.BACKING, True): Role.RAW_BACKING,
     (Use.FORMAT, False): Role.FORMAT_RW,
     (Use.FORMAT, True): Role.FORMAT_RO,
+    (Use.DATA, False): Role.DATA_FILE_RW,
+    (Use.DATA, True): Role.DATA_FILE_RO,
 }
 """(use, whether it only reads) -> the role that decides the file's lock."""
 
@@ -128,6 +132,16 @@ class Place(NamedTuple):
             use=use,
             only_reads=settings.read_only,
             depth=self.depth + 1,
+        )
+
+    def data_file(self, file: FileNode, settings: Effective) -> Place:
+        """The place of the data file of an image whose metadata is in `file`."""
+        return Place(
+            f"{self.path}data-file.",
+            Use.DATA,
+            settings.read_only,
+            (*self.above, file),
+            self.depth + 1,
         )
 
     def backing(self, file: FileNode) -> Place:
@@ -207,6 +221,8 @@ class Opener:
             raise ImageError(f"{options.filename}: the driver {options.driver} is not for {what}")
         for above in place.above:
             if os.path.sameopenfile(above.fd, file.fd):
+                if place.use is Use.DATA:
+                    raise ImageError(f"{file.filename}: holds an image of this chain already")
                 raise ImageError(f"{file.filename}: the backing chain is a loop")
         return file
 
@@ -268,6 +284,7 @@ class Opener:
         if _is_disk(file):
             file = self._add(RawNode(file, size=file.size), None)
         header = await read_header(file)
+        data_file = await self._open_data_file(options, header, settings, place, _leaf(file))
         backing = await self._open_backing(options, header, settings, place, _leaf(file))
         defaults = CacheSizes()
         node = await open_qcow2(
@@ -276,6 +293,7 @@ class Opener:
             header,
             self._engine_of[_leaf(file)],
             self.epochs,
+            data_file=data_file,
             read_only=settings.read_only,
             no_flush=settings.no_flush,
             pass_discard=settings.discard == "unmap",
@@ -287,6 +305,33 @@ class Opener:
             ),
         )
         return self._add(node, options, settings)
+
+    async def _open_data_file(
+        self,
+        options: Qcow2Options,
+        header: Header,
+        settings: Effective,
+        place: Place,
+        file: FileNode,
+    ) -> Node | None:
+        """What options or, without them, the header name as the data file (qcow2_do_open)."""
+        given = options.data_file
+        place = place.data_file(file, settings)
+        if given is not None and not header.has_data_file:
+            raise ConfigError(f"{place.path[:-1]}: {file.filename} keeps its data itself")
+        if given is None:
+            if not header.has_data_file or header.data_file is None:
+                return None  # if one is missing, open_qcow2 says so
+            given = FileOptions(filename=header.data_file)
+        try:
+            below = child_settings(given, settings, ChildRole.FILE, place.path)
+            node = await self._open(given, below, place)
+        except ImageError as error:
+            if self._overlay_named:
+                raise
+            self._overlay_named = True
+            raise type(error)(f"{file.filename}: data file {error}", error.errno) from None
+        return self._add(RawNode(node, size=node.size), None) if _is_disk(node) else node
 
     async def _open_backing(
         self,

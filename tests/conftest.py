@@ -14,8 +14,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 import peers
+
+# How long an example takes is the machine's affair.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -50,10 +50,14 @@ TINY = CacheSizes(l2=2048, refcount=2048)
 
 class Entry(NamedTuple):
     """One line of a MemoryFile's log. A flush has no data; `offset` is then how long the log was
-    when it began: only what was logged before that is durable."""
+    when it began: only what was logged of that file before is durable."""
 
     offset: int
     data: bytes | None
+
+
+class BesideEntry(Entry):
+    """One of a file that shares another's log."""
 
 
 class MemoryFile(Leaf):
@@ -63,17 +67,27 @@ class MemoryFile(Leaf):
     synchronous ways refuse now and then; 0: everything happens at once. `fail`, if set, is called
     with the kind and offset of each request and may raise what the request then fails with;
     nothing of it has happened then. `durable`: (length of the log when a write with FUA ended, its
-    place in the log). `holds` keeps requests of a kind until its event is set.
+    place in the log). `holds` keeps requests of a kind until its event is set. A file `beside`
+    another has its log and `durable`. `zeroes_fast`: zeroes need not be written as data.
     """
 
     is_device = False
     fua = True
 
-    def __init__(self, content: bytes, *, patience: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        *,
+        patience: int = 0,
+        seed: int = 0,
+        beside: MemoryFile | None = None,
+    ) -> None:
         super().__init__("memory", -(-len(content) // 512) * 512, read_only=False)
         self.content = bytearray(content)
-        self.log: list[Entry] = []
-        self.durable: list[tuple[int, int]] = []
+        self.log: list[Entry] = [] if beside is None else beside.log
+        self.durable: list[tuple[int, int]] = [] if beside is None else beside.durable
+        self._entry = Entry if beside is None else BesideEntry
+        self.zeroes_fast = True
         self.fail: Callable[[str, int], None] | None = None
         self.holds: dict[str, trio.Event] = {}
         self._patience = patience
@@ -111,7 +125,7 @@ class MemoryFile(Leaf):
             self.content.extend(bytes(end - len(self.content)))
             self.size = -(-end // 512) * 512
         self.content[offset:end] = data
-        self.log.append(Entry(offset, data))
+        self.log.append(self._entry(offset, data))
         self.generation.written += not fua
 
     def _get(self, offset: int, buffer: memoryview) -> None:
@@ -173,6 +187,15 @@ class MemoryFile(Leaf):
         self.durable.append((len(self.log), number))
         return True
 
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
+    ) -> None:
+        if not (fallback or self.zeroes_fast):
+            raise OSError(95, "no fast zeroes")
+        await self._begin("zeroes", offset)
+        self._put(offset, bytes(length))
+        await self._end()
+
     async def discard(self, offset: int, length: int) -> None:
         await self._begin("discard", offset)
         self._put(offset, bytes(min(length, max(0, len(self.content) - offset))))
@@ -189,7 +212,7 @@ class MemoryFile(Leaf):
     async def _sync(self) -> None:
         begun = len(self.log)
         await self._begin("flush", 0)
-        self.log.append(Entry(begun, None))
+        self.log.append(self._entry(begun, None))
         await self._end()
 
 
@@ -212,6 +235,7 @@ async def open_memory(
     file: MemoryFile,
     *,
     backing: Node | None = None,
+    data_file: MemoryFile | None = None,
     read_only: bool = False,
     cache_sizes: CacheSizes | None = None,
     settle: bool = False,
@@ -227,7 +251,14 @@ async def open_memory(
         async with trio.open_nursery() as nursery:
             header = await read_header(file)
             node = await open_qcow2(
-                file, backing, header, engine, epochs, read_only=read_only, cache_sizes=cache_sizes
+                file,
+                backing,
+                header,
+                engine,
+                epochs,
+                data_file=data_file,
+                read_only=read_only,
+                cache_sizes=cache_sizes,
             )
             if settle:
                 nursery.start_soon(node.settle)
@@ -483,6 +514,8 @@ class Layout:
         order = struct.unpack_from(">I", image, 96)[0] if self.version == 3 else 4
         self.refcount_bits = 1 << order
         self.cluster_size = 1 << self.cluster_bits
+        features = struct.unpack_from(">Q", image, 72)[0] if self.version == 3 else 0
+        self.has_data_file = bool(features & 4)
         self.l1 = self.words(self.l1_offset, self.l1_size)
 
     def words(self, offset: int, count: int) -> list[int]:
@@ -573,7 +606,10 @@ def audit(image: Buffer) -> Audit:
             if not entry & COPIED:
                 wrong.append(f"L2 table {number} is not marked as copied")
     for guest, entry in layout.l2_entries():
-        if entry & COMPRESSED:
+        if layout.has_data_file:
+            if entry & (COMPRESSED | OFFSET) and entry & ~ZERO != guest * size | COPIED:
+                wrong.append(f"guest cluster {guest} has the entry {entry:#x}")
+        elif entry & COMPRESSED:
             refer(f"compressed guest cluster {guest}", *layout.compressed(entry), whole=False)
         elif entry & OFFSET:
             refer(f"guest cluster {guest}", entry & OFFSET, size)
@@ -591,7 +627,7 @@ def audit(image: Buffer) -> Audit:
     return Audit(wrong, leaks)
 
 
-def guest_bytes(image: Buffer, backing: bytes = b"") -> bytes:
+def guest_bytes(image: Buffer, backing: bytes = b"", data_file: Buffer | None = None) -> bytes:
     """The virtual disk."""
     layout = Layout(image)
     size = layout.cluster_size
@@ -604,9 +640,10 @@ def guest_bytes(image: Buffer, backing: bytes = b"") -> bytes:
             )
         elif entry & ZERO:
             data = bytes(size)
-        elif entry & OFFSET:
+        elif entry & OFFSET or (layout.has_data_file and entry & COPIED):
             host = entry & OFFSET
-            data = bytes(image[host : host + size]).ljust(size, b"\0")
+            holder = image if data_file is None else data_file
+            data = bytes(holder[host : host + size]).ljust(size, b"\0")
         else:
             continue
         start = guest * size
@@ -628,12 +665,17 @@ def new_image(
     version: int = 3,
     cluster_size: int = 65536,
     refcount_bits: int = 16,
+    features: tuple[int, int] = (0, 0),
 ) -> bytes:
-    """The bytes of an empty image, as `create_image` makes it."""
+    """The bytes of an empty image, as `create_image` makes it. `features`: incompatible and
+    autoclear ones, to be set; with a data file (4, 0), a raw one (4, 2)."""
     path = pathlib.Path(folder) / "new.qcow2"
     create_image(
         str(path), size, version=version, cluster_size=cluster_size, refcount_bits=refcount_bits
     )
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
     path.unlink()
-    return content
+    for offset, bits in zip((72, 88), features, strict=True):
+        if bits:
+            struct.pack_into(">Q", content, offset, bits)
+    return bytes(content)

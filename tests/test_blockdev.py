@@ -64,6 +64,10 @@ def node(text):
             Qcow2Options(file=FILE, backing=None),
         ),
         (
+            "driver=qcow2,file.filename=a,data-file.filename=b,data-file.cache.direct=on",
+            Qcow2Options(file=FILE, data_file=FileOptions(filename="b", direct=True)),
+        ),
+        (
             "driver=qcow2,file.filename=a,backing.driver=raw,backing.file.locking=off",
             Qcow2Options(file=FILE, backing={"driver": "raw", "file.locking": "off"}),
         ),
@@ -163,6 +167,9 @@ def test_json_values_have_types():
         ("driver=qcow2,file.driver=nbd", "file.driver: unknown driver 'nbd'"),
         ("a.qcow2", "file: there is no node 'a.qcow2' to refer to; a file is named by file.filen"),
         ("driver=qcow2,file.filename=a,backing=b", "backing: there is no node 'b'"),
+        ("driver=qcow2,file.filename=a,data-file=b", "data-file: there is no node 'b'"),
+        ("driver=qcow2,file.filename=a,data-file.aio=native", "data-file.filename must be given"),
+        ("driver=raw,file.filename=a,data-file.filename=b", "data-file.filename: the driver raw"),
         ("driver=qcow2,file.filename=a,bogus=1", "bogus: the driver qcow2 has no such option"),
         ("driver=qcow2,file.filename=a,lazy-refcounts=on", "lazy-refcounts: the driver qcow2 has"),
         ("driver=qcow2,file.filename=a,cache=none", "cache: the driver qcow2 has no such option"),

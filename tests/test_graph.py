@@ -33,7 +33,8 @@ MIB = 1 << 20
 
 
 def config(path, **options):
-    return ImageConfig(str(path), **options)
+    # With threads the calls for the image can be watched, and it may be closed outside of trio.
+    return ImageConfig(str(path), **{"aio": "threads", **options})
 
 
 @pytest.fixture(autouse=True)
@@ -376,6 +377,85 @@ async def test_the_same_base_may_be_in_use_by_many_overlays(make, raw):
     one, two = make("one.qcow2", "disk.img", "raw"), make("two.qcow2", "disk.img", "raw")
     async with open_backend(config(one)), open_backend(config(two)) as backend:
         assert await read(backend, 0, 4) == b"raw!"
+
+
+# --- data files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_data(tmp_path):
+    """disk.qcow2, whose data is in data.raw, which it names by its whole path."""
+    path = tmp_path / "disk.qcow2"
+    create_image(str(path), MIB, data_file=str(tmp_path / "data.raw"), data_file_raw=True)
+    return path
+
+
+async def test_a_data_file_is_written_to_at_guest_offsets(with_data):
+    before = with_data.read_bytes()
+    async with open_backend(config(with_data)) as backend:
+        await backend.write(70000, b"guest")
+        data_file = backend.root.children["data-file"]
+        assert isinstance(data_file, FileNode)
+        assert backend.root.children["file"].filename == str(with_data)
+    assert with_data.with_name("data.raw").read_bytes() == bytes(70000) + b"guest" + bytes(
+        MIB - 70005
+    )
+    assert with_data.read_bytes() == before
+
+
+async def test_its_name_counts_from_the_working_directory_as_in_qemu(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    create_image("images/disk.qcow2", MIB, data_file="data.raw")
+    async with open_backend(config("images/disk.qcow2")) as backend:
+        await backend.write(0, b"guest")
+    assert (tmp_path / "data.raw").read_bytes()[:5] == b"guest"
+    monkeypatch.chdir(tmp_path / "images")
+    message = await refusal(config("disk.qcow2"))
+    assert message == "disk.qcow2: data file data.raw: No such file or directory"
+
+
+async def test_its_name_is_a_path_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    create_image("disk.qcow2", MIB, data_file="data.raw")
+    content = (tmp_path / "disk.qcow2").read_bytes()
+    (tmp_path / "disk.qcow2").write_bytes(content.replace(b"data.raw", b"file:raw"))
+    assert "data file file:raw: No such" in await refusal(config("disk.qcow2"))
+    (tmp_path / "data.raw").rename("file:raw")
+    async with open_backend(config("disk.qcow2")):
+        pass
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_it_is_opened_as_its_image_is(with_data, read_only):
+    mode = CACHE_MODES["unsafe"]
+    async with open_backend(
+        config(with_data, read_only=read_only, cache=mode, discard="ignore")
+    ) as backend:
+        data_file = backend.root.children["data-file"]
+        assert data_file.read_only is read_only
+        assert data_file.no_flush
+        assert data_file._discard is not read_only  # the image decides what it passes on
+
+
+async def test_two_images_do_not_write_to_one_data_file(tmp_path, with_data):
+    other = tmp_path / "other.qcow2"
+    other.write_bytes(with_data.read_bytes())
+    data_file = tmp_path / "data.raw"
+    async with open_backend(config(with_data)):
+        message = await refusal(config(other), LockedError)
+        assert message.startswith(f"{other}: data file {data_file}: in use by")
+    both = [config(path, read_only=True) for path in (with_data, other)]
+    async with open_backend(both[0]), open_backend(both[1]):
+        pass
+
+
+async def test_an_image_is_not_its_own_data_file(with_data):
+    with_data.with_name("data.raw").unlink()
+    os.link(with_data, with_data.with_name("data.raw"))
+    for read_only in (False, True):
+        message = await refusal(config(with_data, read_only=read_only))
+        assert message.endswith("data.raw: holds an image of this chain already")
 
 
 # --- locks -----------------------------------------------------------------------------------

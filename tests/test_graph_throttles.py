@@ -11,7 +11,8 @@ from nbdserve.graph import open_backend, shared_by_drives
 
 
 def config(path, **options):
-    return ImageConfig(str(path), **options)
+    # With threads the calls for the image can be watched, and it may be closed outside of trio.
+    return ImageConfig(str(path), **{"aio": "threads", **options})
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@ refused, and what backing file names make of them."""
 
 import errno
 import json
+import pathlib
+import tempfile
 
 import pytest
 import trio
@@ -10,7 +12,14 @@ import trio
 from fakes import no_descriptor_left
 from nbdserve import opener
 from nbdserve.blockdev import parse_node
-from nbdserve.config import CACHE_MODES, ImageConfig, RateLimit, ThrottleConfig, ThrottleLimits
+from nbdserve.config import (
+    CACHE_AUTO,
+    CACHE_MODES,
+    ImageConfig,
+    RateLimit,
+    ThrottleConfig,
+    ThrottleLimits,
+)
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.locks import Permission
@@ -84,10 +93,90 @@ async def refusal(text, kind=ConfigError, shared=None, **options):
     return str(caught.value)
 
 
-# --- what stands on what -------------------------------------------------------------------------
+# --- data files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(tmp_path):
+    """split.qcow2, whose data is in data.raw."""
+    create_image("split.qcow2", MIB, data_file="data.raw", data_file_raw=True)
+    return tmp_path / "data.raw"
 
 
 QCOW2 = "driver=qcow2,file.filename=disk.qcow2"
+SPLIT = "driver=qcow2,file.filename=split.qcow2"
+
+
+async def test_a_data_file_by_its_options(split):
+    other = split.rename("other.raw")
+    message = "split.qcow2: data file data.raw: No such file or directory"
+    assert await refusal(SPLIT, ImageError) == message
+    async with open_backend(tree(f"{SPLIT},data-file.filename=other.raw")) as backend:
+        assert kinds(backend) == {"": Qcow2Node, "file": FileNode, "data-file": FileNode}
+        await backend.write(5, b"data")
+    assert other.read_bytes() == b"\0" * 5 + b"data" + bytes(MIB - 9)
+
+
+async def test_what_a_data_file_inherits(split):
+    text = f"{SPLIT},cache.no-flush=on,discard=ignore,data-file.filename=data.raw"
+    async with open_backend(tree(text)) as backend:
+        data_file = nodes(backend)["data-file"]
+        assert data_file.no_flush
+        assert data_file._discard  # the node above decides what it passes on
+        assert not data_file.read_only
+    async with open_backend(tree(f"{text},read-only=on,data-file.cache.no-flush=off")) as backend:
+        data_file = nodes(backend)["data-file"]
+        assert data_file.read_only
+        assert not data_file.no_flush
+
+
+@pytest.mark.parametrize("below", ["raw", "throttle", "qcow2"])
+async def test_a_data_file_may_be_any_tree(split, below):
+    options = {
+        "raw": "data-file.driver=raw,data-file.offset=512,data-file.file.filename=data.raw",
+        "throttle": "data-file.driver=throttle,data-file.throttle-group=g"
+                    ",data-file.file.filename=data.raw",
+        "qcow2": "data-file.driver=qcow2,data-file.file.filename=data.qcow2",
+    }[below]
+    if below == "raw":
+        split.write_bytes(bytes(MIB + 512))
+    create_image("data.qcow2", MIB)
+    with shared_by_drives({"g": ThrottleLimits(iops_total=RateLimit(1 << 30))}) as shared:
+        async with open_backend(tree(f"{SPLIT},{options}"), shared) as backend:
+            await backend.write(70000, b"data")
+            await backend.write(70000, b"more", fua=True)
+            await backend.discard(0, 65536)
+            await backend.flush()
+            assert await read(backend, 69999, 6) == b"\0more\0"
+    if below != "qcow2":
+        at = 70000 + 512 * (below == "raw")
+        assert split.read_bytes()[at : at + 4] == b"more"
+
+
+async def test_a_data_file_is_refused_where_the_image_has_none(image, raw):
+    text = f"{QCOW2},data-file.filename=disk.img"
+    assert await refusal(text) == "data-file: disk.qcow2 keeps its data itself"
+
+
+async def test_bad_options_of_a_data_file_are_named(split):
+    text = f"{SPLIT},data-file.filename=data.raw,data-file.read-only=on"
+    assert (await refusal(text)).startswith("data-file.read-only=on: the node above")
+
+
+async def test_a_data_file_may_be_named_in_a_backing_file_name(split):
+    name = json.dumps({
+        "driver": "qcow2", "file.filename": "split.qcow2", "data-file.filename": "other.raw"
+    })
+    other = split.rename("other.raw")
+    create_image("top.qcow2", MIB, backing_file=f"json:{name}", backing_format="qcow2")
+    other.write_bytes(b"data".ljust(MIB, b"\0"))
+    async with open_backend(tree("driver=qcow2,file.filename=top.qcow2")) as backend:
+        assert nodes(backend)["backing.data-file"].read_only
+        assert await read(backend, 0, 5) == b"data\0"
+
+
+# --- what stands on what -------------------------------------------------------------------------
+
 
 
 async def test_a_tree_is_what_a_name_and_a_format_are(image):
@@ -648,3 +737,63 @@ async def test_names_can_make_a_tree_only_so_large(monkeypatch):
     with no_descriptor_left(), pytest.raises(ImageError, match="more than 50 nodes in all"):
         async with open_backend(ImageConfig("2")):
             pytest.fail("it was opened")
+
+
+# --- --cache=auto ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_memory():
+    """A folder in memory, where there is no O_DIRECT."""
+    try:
+        folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+    except OSError:
+        pytest.skip("no /dev/shm here")
+    with folder as name:
+        yield pathlib.Path(name)
+
+
+def files_of(backend):
+    return [node for _, node in backend._nodes() if isinstance(node, FileNode)]
+
+
+async def test_auto_is_o_direct_where_all_files_have_it(overlay, caplog):
+    config = ImageConfig(str(overlay), format="qcow2", cache=CACHE_AUTO)
+    with shared_by_drives() as shared:
+        if shared.engines.get(None, direct=True).name != "io_uring":
+            pytest.skip("no io_uring here")
+        async with open_backend(config, shared) as backend:
+            assert [type(file) for file in files_of(backend)] == [DirectFileNode] * 2
+            assert [engine.name for engine in backend.engines] == ["io_uring"]
+    [record] = caplog.records
+    assert "--cache=auto: none" in record.getMessage()
+
+
+async def test_auto_is_writeback_where_one_file_has_no_o_direct(in_memory, caplog):
+    base = in_memory / "base.img"
+    base.write_bytes(b"raw!" * (MIB // 4))
+    create_image("top.qcow2", MIB, backing_file=str(base), backing_format="raw")
+    async with open_backend(ImageConfig("top.qcow2", cache=CACHE_AUTO)) as backend:
+        assert [type(file) for file in files_of(backend)] == [FileNode] * 2
+        assert backend.write_cache
+        await backend.write(0, b"written")
+    [record] = caplog.records
+    assert "--cache=auto: writeback" in record.getMessage()
+    assert str(base) in record.getMessage()
+
+
+async def test_auto_is_writeback_without_io_uring(image, caplog, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(errno.EPERM, "not allowed")
+
+    monkeypatch.setattr("nbdserve.engines.io_uring.IoUringEngine.__init__", forbidden)
+    async with open_backend(ImageConfig(str(image), cache=CACHE_AUTO)) as backend:
+        assert [type(file) for file in files_of(backend)] == [FileNode]
+    assert "--cache=auto: writeback" in caplog.messages[-1]
+
+
+async def test_what_is_wrong_with_an_image_auto_does_not_hide(image):
+    image.write_bytes(b"QFI\xfb" + bytes(200))
+    with pytest.raises(ImageError):
+        async with open_backend(ImageConfig(str(image), format="qcow2", cache=CACHE_AUTO)):
+            pass

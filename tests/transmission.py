@@ -14,7 +14,7 @@ import socket
 import struct
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 import trio.testing
@@ -27,8 +27,9 @@ from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from nbdserve.block.completions import Completions
     from nbdserve.block.node import Node
 
 __all__ = ["Answer", "Chunk", "Client", "World", "option", "request", "serving", "settle"]
@@ -327,16 +328,21 @@ async def _run(client: Client, sock: socket.socket) -> None:
 
 @asynccontextmanager
 async def serving(
-    root: Node, *, write_cache: bool = True, direct: bool = False
+    root: Node,
+    *,
+    write_cache: bool = True,
+    engines: Sequence[Completions] = (),
+    **options: Any,  # noqa: ANN401 - checked by BlockBackend
 ) -> AsyncIterator[World]:
-    """A world in front of `root`. In the end every client must be able to leave."""
-    poller = Poller()
+    """A world in front of `root`; `options`: BlockBackend's. In the end every client must be able
+    to leave."""
+    poller = Poller(engines)
     world = None
     try:
         with trio.fail_after(LONG):
             async with trio.open_nursery() as late, trio.open_nursery() as nursery:
                 backend = BlockBackend(
-                    root, Epochs(), late, write_cache=write_cache, direct=direct
+                    root, Epochs(), late, write_cache=write_cache, engines=engines, **options
                 )
                 nursery.start_soon(poller.run)
                 world = World(backend, poller, nursery)

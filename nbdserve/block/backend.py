@@ -48,7 +48,7 @@ class BlockBackend:
     """A drive: `root` is the tree, `nursery` where requests run that outlive their client.
 
     `throttled`: whether requests may wait for their turn (block/throttled.py). `on_wait` is called
-    with 1 when one begins to and with -1 when it ends.
+    with 1 when one begins to, there or at a filter above the format, and with -1 when it ends.
     """
 
     throttled = False
@@ -91,6 +91,10 @@ class BlockBackend:
         """Ask `submit_read` before `read_nowait`."""
         self.queues_writes = direct and detect_zeroes == "off"
         """The same of `submit_write`."""
+        # Only where requests themselves come by: a format below waits for reasons of its own.
+        while root.is_filter:
+            root.on_wait = lambda requests: self.on_wait(requests)
+            root = root.children["file"]
 
     def _turn_write_cache(self, enabled: bool) -> None:
         self.write_cache = enabled

@@ -54,10 +54,13 @@ class Extent(NamedTuple):
 class Node:
     """A node with `children`; the defaults are those of a node that hides what lies below it.
 
-    `driver`: its name in options and statistics. `node_name`: what the user calls it; names that
-    begin with # are ours (graph.py).
+    `is_filter`: it has nothing of its own between those above and its `file`. `on_wait`: called by
+    a filter above everything else with 1 when a request begins to wait for nothing but time, and
+    with -1 when that ends. `driver`: its name in options and statistics. `node_name`: what the user
+    calls it; names that begin with # are ours (graph.py).
     """
 
+    is_filter = False
     driver = ""
     node_name = ""
 
@@ -68,6 +71,7 @@ class Node:
         self.size = size
         self.read_only = read_only
         self.no_flush = no_flush
+        self.on_wait: Callable[[int], object] = lambda requests: None
 
     @property
     def children(self) -> Mapping[str, Node]:
@@ -164,6 +168,14 @@ class Node:
     async def flush_to_disk(self) -> None:
         """Sync what this node itself stores; only leaves store anything."""
 
+    def presume_written(self) -> None:
+        """The next flush shall sync, as after a write: what was in the files when they were opened
+        may have been written by somebody else, and shall be durable too."""
+        for role in ("file", "data-file"):
+            child = self.children.get(role)
+            if child is not None:
+                child.presume_written()
+
     def drain_begin(self) -> None:
         """From now on hold no request up but for its I/O; let go those that are held up already.
 
@@ -224,6 +236,9 @@ class Leaf(Node):
     def submit_sync(self, done: Done) -> None:
         """Sync what is stored here; `generation` sees to it that one runs at a time."""
         raise OSError(22, f"{type(self).__name__} does not sync")
+
+    def presume_written(self) -> None:
+        self.generation.written += 1
 
     def flush_nowait(self) -> bool:
         return self.no_flush or self.generation.flush_nowait()

@@ -3,11 +3,13 @@
     nbdserve create disk.qcow2 10G
     nbdserve create -o cluster_size=128k,lazy_refcounts=on disk.qcow2 10G
     nbdserve create -b base.qcow2 -F qcow2 overlay.qcow2
+    nbdserve create -o data_file=disk.raw,data_file_raw=on disk.qcow2 10G
 
 As in qemu-img, ``-b`` needs ``-F`` (a format that were probed each time could be
 changed by the guest), the backing file is opened before anything is written, a relative
 name counts from the new image's folder, and its size is the default for the overlay. A
-file that exists is overwritten, unless a server, a guest or a tool has it locked.
+data file is made with the image; its name counts from the working directory. A file that
+exists is overwritten, unless a server, a guest or a tool has it locked.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ FORMAT_OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
     "refcount_bits": ("refcount_bits", int),
     "compression_type": ("compression_type", str),
     "lazy_refcounts": ("lazy_refcounts", _BOOLEANS.__getitem__),
+    "data_file": ("data_file", str),
+    "data_file_raw": ("data_file_raw", _BOOLEANS.__getitem__),
 }
 """-o name -> the parameter of ``create_image`` and how to read its value.
 
@@ -89,7 +93,11 @@ def command(
             file, length, backing_file=backing, backing_format=backing_format, **parameters
         )
 
-    _while_locked(file, create)
+    data_file = parameters.get("data_file")
+    if data_file is None:
+        _while_locked(file, create)
+    else:
+        _while_locked(data_file, lambda: _while_locked(file, create))
     if not quiet:
         said = "".join(f" {name}={value}" for name, value in parameters.items())
         said += f" backing_file={backing} backing_fmt={backing_format}" if backing else ""

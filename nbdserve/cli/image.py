@@ -19,7 +19,7 @@ from nbdserve.blockdev import (
     DISCARD_MODES,
     parse_node,
 )
-from nbdserve.config import CACHE_MODES, CacheMode, ImageConfig
+from nbdserve.config import CACHE_AUTO, CACHE_MODES, CacheMode, ImageConfig
 from nbdserve.errors import ConfigError, naming
 from nbdserve.imageopts import parse_image_opts
 
@@ -49,7 +49,7 @@ def image_config(
     common: dict[str, Any] = {
         "read_only": options["read_only"],
         "force_share": options["force_share"],
-        "cache": CACHE_MODES[said or DEFAULT_CACHE],
+        "cache": {**CACHE_MODES, "auto": CACHE_AUTO}[said or DEFAULT_CACHE],
         "discard": DISCARD_MODES[options["discard"] or discard],
         "detect_zeroes": DETECT_ZEROES_MODES[options["detect_zeroes"] or "off"],
         "aio": None if options["aio"] is None else AIO_MODES[options["aio"]],

@@ -81,11 +81,11 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                show_default=True, help="How many clients at a time; 0 for any number."),
         option("-o", "--offset", callback=_bytes, default="0", metavar="SIZE",
                help="Serve the disk from this byte on (suffixes k, M, G, ...)."),
-        option("--cache", type=click.Choice(list(CACHE_MODES)), multiple=True, callback=_once,
+        option("--cache", type=click.Choice([*CACHE_MODES, "auto"]), multiple=True, callback=_once,
                show_default=DEFAULT_CACHE, help="Cache mode."),
         option("--aio", type=click.Choice(list(AIO_MODES)), multiple=True, callback=_once,
-               help="I/O engine; by default io_uring with O_DIRECT (--cache=none, directsync), else"
-               " threads. native needs O_DIRECT."),
+               help="I/O engine; by default io_uring, or threads where it is forbidden. native"
+               " needs O_DIRECT (--cache=none, directsync)."),
         option("--discard", type=click.Choice(list(DISCARD_MODES)), multiple=True, callback=_once,
                show_default=defaults.discard,
                help="Whether a client's trim frees space in the image."),

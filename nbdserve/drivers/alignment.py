@@ -16,7 +16,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdserve.engines import syscalls
-from nbdserve.errors import ImageError
+from nbdserve.errors import NoDirectIOError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +37,9 @@ class Alignment(NamedTuple):
 
 
 def direct_alignment(fd: int, filename: str, *, is_device: bool) -> Alignment:
-    """For a descriptor opened with O_DIRECT. Raises ImageError if the file cannot do it."""
+    """For a descriptor opened with O_DIRECT. Raises NoDirectIOError if the file cannot do it."""
     if not is_device and syscalls.is_memory_file_system(fd):
-        raise ImageError(
+        raise NoDirectIOError(
             f"{filename}: its file system is in memory, without O_DIRECT; use --cache=writeback",
             errno.EINVAL,
         )
@@ -54,9 +54,9 @@ def direct_alignment(fd: int, filename: str, *, is_device: bool) -> Alignment:
     return Alignment(PAGE, probe(fd, os.preadv))
 
 
-def no_direct_io(filename: str) -> ImageError:
+def no_direct_io(filename: str) -> NoDirectIOError:
     """What is said of a file that cannot be opened with O_DIRECT."""
-    return ImageError(
+    return NoDirectIOError(
         f"{filename}: its file system does not support O_DIRECT; use --cache=writeback",
         errno.EINVAL,
     )

@@ -7,9 +7,12 @@ waits for the disk, so all go to the engine.
 
 The end of the file keeps its exact place. A write into the last block of a file that ends within
 it, or that makes it end within a block, cannot be one of whole blocks: it goes through the page
-cache, by a second descriptor. The kernel keeps the two coherent (it writes such pages out before
-O_DIRECT reads and drops them before O_DIRECT writes), and a sync of either covers both. Cutting the
-file afterwards instead could cut off what another request had just appended.
+cache, by a second descriptor. A sync of either covers both. One after the other the kernel keeps
+the two coherent: it writes such pages out before O_DIRECT reads and drops them before O_DIRECT
+writes. At the same time it does not: a page is larger than a block, may be read into the cache
+while O_DIRECT writes next to it, and would later be written out with the old bytes (the kernel then
+logs a collision and fails the next sync). So such a write has the file to itself; it is rare.
+Cutting the file afterwards instead could cut off what another request had just appended.
 """
 
 from __future__ import annotations
@@ -188,6 +191,10 @@ class DirectFileNode(FileNode):
         }
 
 
+# A range up to here overlaps all others.
+WHOLE_FILE = 1 << 64
+
+
 class _Write:
     """One write on its way: wait for its turn, read what it covers in part, write, leave."""
 
@@ -214,11 +221,34 @@ class _Write:
         self._slot: memoryview | None = None
         self._error: OSError | None = None
         self._reads = 0
+        self._token: int | None = None
 
     def enter(self) -> None:
+        """May raise OSError: then nothing was done, nor will be."""
+        gate = self._node.gate
+        if self._start == self._offset and self._stop == self._end:
+            self._token = gate.enter(self._start, self._stop, self._go)
+        elif self._passes_end():
+            self._token = gate.enter(0, WHOLE_FILE, self._go, serialising=True)
+        else:
+            self._token = gate.enter(self._start, self._stop, self._go, serialising=True)
+
+    def _passes_end(self) -> bool:
+        """Whether the file ends, or is to end, within the last block. It may have grown by the time
+        of our turn, but never ends earlier than it did."""
+        return self._end < self._stop and self._stop > self._node.length
+
+    def _go(self) -> None:
         whole = self._start == self._offset and self._stop == self._end
-        go = self._write if whole else self._rewrite
-        self._token = self._node.gate.enter(self._start, self._stop, go, serialising=not whole)
+        try:
+            if whole:
+                self._write()
+            else:
+                self._rewrite()
+        except OSError as error:  # no memory, no descriptor
+            if self._token is None:
+                raise
+            self._written(error)  # it had to wait: whoever submitted it is gone
 
     def _write(self) -> None:
         """Whole blocks."""
@@ -232,19 +262,21 @@ class _Write:
     def _rewrite(self) -> None:
         """Parts of blocks: get the rest of the first and last."""
         node, block = self._node, self._node.alignment.request
-        if self._end < self._stop and self._stop > node.length:
+        if self._passes_end():
             node.submit_cached(self._offset, self._data, self._written, dsync=self._dsync)
             return
         self._slot = node.buffers.take(self._stop - self._start)
-        edges = set()
+        last = self._stop - block - self._start
+        pieces = set()
         if self._start < self._offset:
-            edges.add(self._start)
+            pieces.add((0, block))
         if self._end < self._stop:
-            edges.add(self._stop - block)
-        self._reads = len(edges)
-        for edge in edges:
-            place = edge - self._start
-            node.submit_old(edge, self._slot[place : place + block], self._read)
+            pieces.add((last, last + block))
+        if not all(node.is_aligned(self._slot[first:end]) for first, end in pieces):
+            pieces = {(0, last + block)}
+        self._reads = len(pieces)
+        for first, end in pieces:
+            node.submit_old(self._start + first, self._slot[first:end], self._read)
 
     def _read(self, error: OSError | None) -> None:
         self._error = self._error or error
@@ -271,5 +303,6 @@ class _Write:
             node.buffers.give(self._slot)
         if error is None:
             node.wrote(self._end, durable=self._dsync)
+        assert self._token is not None  # no completion comes from inside a submission
         node.gate.leave(self._token)
         self._done(error)

@@ -50,7 +50,8 @@ class WriteGate:
         self, start: int, end: int, go: Callable[[], None], *, serialising: bool = False
     ) -> int:
         """Call `go` when it is the write's turn, now or from a later `leave`. Returns the token
-        that `leave` wants after the write."""
+        that `leave` wants after the write. `go` may raise if called now, and then has not entered;
+        it may not if called later."""
         token = self._next
         self._next = token + 1
         earlier: set[int] = set()
@@ -78,13 +79,12 @@ class WriteGate:
         self._waiting.pop(token, None)
         if not self._waiting:
             return
-        free = []
-        for number, waiting in self._waiting.items():
+        for waiting in self._waiting.values():
             waiting.earlier.discard(token)
-            if not waiting.earlier:
-                free.append(number)
-        for number in free:
-            self._waiting.pop(number).go()
+        free = [number for number, waiting in self._waiting.items() if not waiting.earlier]
+        # All are taken out first: one that fails at once leaves from within its `go`.
+        for waiting in [self._waiting.pop(number) for number in free]:
+            waiting.go()
 
     def statistics(self) -> GateStatistics:
         """As it is now."""

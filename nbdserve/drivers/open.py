@@ -7,6 +7,7 @@ Every refusal is an ImageError of one line that names the file, and leaves no de
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -42,6 +43,9 @@ def open_file(
         # for regular files and block devices.
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(filename, flags | (os.O_DIRECT if direct is not None else 0))
+        # From here on it would mean something after all: io_uring of Linux 5.6 to 5.14 answers
+        # EAGAIN to such a descriptor, however often it is asked.
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.EINVAL and direct is not None:
             raise no_direct_io(filename) from None

@@ -154,9 +154,9 @@ class KernelQueue(ABC):
         return self._plug
 
     def _add(self, request: Request) -> None:
+        self._enqueue(request)
         self._jobs += 1
         self._in_flight += 1
-        self._enqueue(request)
         if not self._plugged:
             self._kick()
 
@@ -165,9 +165,13 @@ class KernelQueue(ABC):
             self._backlog.append(request)
             return
         self._next_tag = tag = self._next_tag + 1
+        self._prepare(tag, request)  # first: if it raises, nothing is counted as handed over
         self._pending[tag] = request
         self._prepared.append(tag)
-        self._prepare(tag, request)
+
+    def _refill(self) -> None:
+        while self._backlog and len(self._pending) < self._depth:
+            self._enqueue(self._backlog.popleft())
 
     def _kick(self) -> None:
         """Hand over what is prepared. What the kernel refuses for now waits for a completion."""
@@ -189,6 +193,7 @@ class KernelQueue(ABC):
         del self._prepared[:number]
         for request in refused:  # not from inside the submission
             self._token.run_sync_soon(self._finish, request, error)
+        self._refill()  # there may be no completion to do it
 
     # --- completion ----------------------------------------------------------------------------
 
@@ -204,8 +209,7 @@ class KernelQueue(ABC):
                 request.done(None)
             else:
                 self._incomplete(request, result)
-        while self._backlog and len(self._pending) < self._depth:
-            self._enqueue(self._backlog.popleft())
+        self._refill()
         if self._prepared and not self._plugged:
             self._kick()
         if not self._in_flight:

@@ -33,21 +33,24 @@ FORBIDDEN = frozenset(
 def start_engine(aio: str | None, *, direct: bool) -> Engine:
     """The engine for the current trio run.
 
-    :param aio: threads, io_uring, native; None for the fastest that is correct: io_uring with
-        O_DIRECT, else threads (the page cache is read and written inline whatever the engine).
-    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us.
+    :param aio: threads, io_uring, native; None for the fastest that is correct, which is io_uring
+        where there is one. What the page cache holds is read and written inline whatever the
+        engine; what it does not, and syncs, io_uring has done sooner (docs/architecture.md).
+    :raises ConfigError: `native` without O_DIRECT, or where the kernel has no AIO for us; io_uring
+        that fails for a reason of its own.
     """
     if aio == "native":
         return _start_native(direct)
-    if aio == "io_uring" or (aio is None and direct):
+    if aio in ("io_uring", None):
         from nbdserve.engines.io_uring import IoUringEngine
 
         try:
             return IoUringEngine()
         except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO)
             if error.errno not in FORBIDDEN:
-                raise
-            reason = os.strerror(error.errno)
+                message = f"--aio=io_uring: {reason}; use --aio=threads"
+                raise ConfigError(message, error.errno) from None
             log.warning("io_uring cannot be used here (%s): using threads", reason)
     return ThreadsEngine()
 
@@ -75,7 +78,7 @@ class Engines:
 
     def get(self, aio: str | None, *, direct: bool) -> Engine:
         """As `start_engine`. Files that ask for the same share it."""
-        kind = aio or ("io_uring" if direct else "threads")
+        kind = aio or "io_uring"
         # Without O_DIRECT native is refused, whoever may have started it.
         if kind not in self._started or (kind == "native" and not direct):
             engine = start_engine(aio, direct=direct)

@@ -45,6 +45,8 @@ def write_all(fd: int, data: Sequence[Buffer], offset: int, flags: int = 0) -> N
     pending = [memoryview(piece) for piece in data if len(piece)]
     while pending:
         done = os.pwritev(fd, pending[:IOV_MAX], offset, *((flags,) if flags else ()))
+        if not done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         offset += done
         pending = rest_of(pending, done)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from nbdserve.block.node import Buffer, Extent
+    from nbdserve.block.run import Op
     from nbdserve.filters.throttle_group import ThrottleMember
 
 __all__ = ["ThrottleNode"]
@@ -30,6 +31,7 @@ __all__ = ["ThrottleNode"]
 class ThrottleNode(Node):
     """A child behind the limits of a throttle group."""
 
+    is_filter = True
     driver = "throttle"
 
     def __init__(self, file: Node, member: ThrottleMember) -> None:
@@ -48,30 +50,39 @@ class ThrottleNode(Node):
     def cluster_size(self) -> int:
         return self._file.cluster_size
 
+    async def _admit(self, op: Op, nb_bytes: int) -> None:
+        if self._member.admit_nowait(op, nb_bytes):
+            return
+        self.on_wait(1)
+        try:
+            await self._member.admit(op, nb_bytes)
+        finally:
+            self.on_wait(-1)
+
     async def read(self, offset: int, buffer: memoryview) -> None:
-        await self._member.admit(READ, len(buffer))
+        await self._admit(READ, len(buffer))
         await self._file.read(offset, buffer)
 
     async def write(self, offset: int, data: Buffer) -> None:
-        await self._member.admit(WRITE, len(data))
+        await self._admit(WRITE, len(data))
         await self._file.write(offset, data)
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
-        await self._member.admit(WRITE, len(data))
+        await self._admit(WRITE, len(data))
         return await self._file.write_fua(offset, data)
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
-        await self._member.admit(WRITE, sum(len(piece) for piece in data))
+        await self._admit(WRITE, sum(len(piece) for piece in data))
         await self._file.writev(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
-        await self._member.admit(WRITE, length)
+        await self._admit(WRITE, length)
         await self._file.write_zeroes(offset, length, may_unmap=may_unmap, fallback=fallback)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._member.admit(WRITE, length)
+        await self._admit(WRITE, length)
         await self._file.discard(offset, length)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:

@@ -135,7 +135,9 @@ class Connection:
             await self._ended.wait()
             await self._drain()
         finally:
-            self._lost = True
+            self._lost = True  # cut off, perhaps, with replies on their way
+            self._outbox.drop()
+            self._return_buffers()
             self._poller.unregister(self._sock.fileno())
             self._late.close_account()
 

@@ -6,6 +6,7 @@ import pytest
 from nbdserve.cli import create, qemu_nbd, serve
 from nbdserve.cli.options import serve_config
 from nbdserve.config import (
+    CACHE_AUTO,
     CACHE_MODES,
     ExportConfig,
     ImageConfig,
@@ -80,6 +81,7 @@ SPELLINGS = [
     (["--cache=writeback"], "image.cache", CACHE_MODES["writeback"]),
     (["--cache", "writethrough"], "image.cache", CACHE_MODES["writethrough"]),
     (["--cache=unsafe"], "image.cache", CACHE_MODES["unsafe"]),
+    (["--cache=auto"], "image.cache", CACHE_AUTO),
     (["--discard=ignore"], "image.discard", "ignore"),
     (["--discard=off"], "image.discard", "ignore"),
     (["--discard=unmap"], "image.discard", "unmap"),
@@ -187,6 +189,7 @@ def test_every_option_of_qemu_nbd_is_known():
         (("compat=v2",), {"version": 2}),
         (("lazy_refcounts",), {"lazy_refcounts": True}),
         (("lazy_refcounts=off",), {"lazy_refcounts": False}),
+        (("data_file=a,,b,data_file_raw=on",), {"data_file": "a,b", "data_file_raw": True}),
         (("lazy_refcounts=yes", "compression_type=zstd"),
          {"lazy_refcounts": True, "compression_type": "zstd"}),
     ],

@@ -10,6 +10,9 @@ page cache may do it. Of each such image is asked:
 * each byte of the disk is the flushed one, or one that a request wrote after that flush began;
 * each byte of a write with FUA that was acknowledged is there, or one that a later request wrote;
 * the image can be opened and written to again, and is then sound.
+
+With an external data file there are two files; each loses by itself what it was not flushed of. Of
+a raw one the same is asked: that the flushed bytes are there without the image.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from nbdserve.formats.raw import RawNode
 from qcow2_model import (
     COPIED,
     OFFSET,
+    BesideEntry,
     Disk,
     Effect,
     Entry,
@@ -70,6 +74,12 @@ class Kind(NamedTuple):
     backing: int  # bytes of the backing file; 0: none
     tables: int | None  # in each cache
     compressed: bool = False
+    data_file: str = ""  # "", "external", "raw"
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Incompatible, autoclear."""
+        return {"": (0, 0), "external": (4, 0), "raw": (4, 2)}[self.data_file]
 
     @property
     def cache_sizes(self) -> CacheSizes | None:
@@ -89,6 +99,7 @@ class Kind(NamedTuple):
                     version=self.version,
                     cluster_size=CLUSTER,
                     refcount_bits=self.refcount_bits,
+                    features=self.features,
                 )
             raw, path = pathlib.Path(folder, "raw"), pathlib.Path(folder, "image")
             raw.write_bytes(self.content)
@@ -97,6 +108,11 @@ class Kind(NamedTuple):
                 "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path
             )
             return path.read_bytes()
+
+    @property
+    def stale(self) -> bytes:
+        """What the data file holds at first: a raw one has the disk, which is empty."""
+        return bytes(self.size) if self.data_file == "raw" else b"\x5a" * self.size
 
     @property
     def content(self) -> bytes:
@@ -115,10 +131,15 @@ kinds = st.builds(
     st.sampled_from((0, 0, 20 * 1024)),
     st.sampled_from((1, 3, None)),
     st.just(False),
+    st.just(""),
 ) | st.builds(
     Kind, st.just(3), st.sampled_from((8, 64)), st.just(30 * 1024), st.just(0), st.just(2),
-    st.just(True),
-)
+    st.just(True), st.just(""),
+) | st.builds(
+    Kind, st.just(3), st.sampled_from((16, 64)), st.integers(1, 150).map(lambda n: n * 512),
+    st.sampled_from((0, 20 * 1024)), st.sampled_from((1, 3, None)), st.just(False),
+    st.sampled_from(("external", "raw")),
+).map(lambda kind: kind._replace(backing=0) if kind.data_file == "raw" else kind)
 kinds = kinds.map(lambda kind: kind._replace(refcount_bits=16) if kind.version == 2 else kind)
 
 
@@ -155,7 +176,8 @@ class History(NamedTuple):
     """What happened. milestones: (length of the log, what a flush that had returned then made
     durable, from which batch on requests were not covered); effects: (length of the log before
     the batch, what its requests write). durable: as MemoryFile's. fua: (length of the log when a
-    write with FUA had been acknowledged, its batch, what it wrote)."""
+    write with FUA had been acknowledged, its batch, what it wrote). beside: what a data file held
+    at first."""
 
     initial: bytes
     log: list[Entry]
@@ -163,6 +185,7 @@ class History(NamedTuple):
     effects: list[tuple[int, list[Effect]]]
     durable: list[tuple[int, int]]
     fua: list[tuple[int, int, Effect]]
+    beside: bytes = b""
 
 
 async def record(
@@ -170,12 +193,19 @@ async def record(
 ) -> History:
     file = MemoryFile(initial, patience=patience, seed=1)
     backing = RawNode(MemoryFile(kind.old)) if kind.backing else None
+    stale = kind.stale
+    data_file = None
+    if kind.data_file:
+        data_file = MemoryFile(stale, patience=patience, seed=2, beside=file)
+    sizes = kind.cache_sizes
     if disk is None:
         disk = Disk(kind.content, CLUSTER, discards=kind.version == 3 or not kind.backing)
     milestones = [(0, bytes(disk.content), 0)]
     effects = []
     fua = []
-    async with open_memory(file, backing=backing, cache_sizes=kind.cache_sizes) as (backend, _):
+    async with open_memory(
+        file, backing=backing, data_file=data_file, cache_sizes=sizes
+    ) as (backend, _):
         for number, batch in enumerate(program):
             before = bytes(disk.content)
             found = [effect for request in batch if (effect := disk.effect(request)) is not None]
@@ -186,17 +216,37 @@ async def record(
             elif len(batch) == 1 and batch[0].kind == "write" and batch[0].flag:
                 fua.append((len(file.log), number, found[0]))
     assert_sound(file.content)
-    return History(initial, file.log, milestones, effects, file.durable, fua)
+    if kind.data_file == "raw":
+        assert data_file.content == disk.content
+    return History(initial, file.log, milestones, effects, file.durable, fua, stale)
 
 
 def cut(history: History, length: int, chooser: random.Random, chance: float) -> bytearray:
     """The file after the power was cut `length` entries into the log."""
+    return cut_file(history, length, chooser, chance, Entry)
+
+
+def cut_both(
+    history: History, length: int, chooser: random.Random, chance: float
+) -> tuple[bytearray, bytearray]:
+    """The file and the data file."""
+    image, beside = (
+        cut_file(history, length, chooser, chance, which) for which in (Entry, BesideEntry)
+    )
+    return image, beside
+
+
+def cut_file(
+    history: History, length: int, chooser: random.Random, chance: float, which: type[Entry]
+) -> bytearray:
     log = history.log[:length]
-    durable = max((entry.offset for entry in log if entry.data is None), default=0)
+    flushes = (entry for entry in log if entry.data is None and type(entry) is which)
+    durable = max((entry.offset for entry in flushes), default=0)
     durable_writes = {number for end, number in history.durable if end <= length}
-    image = bytearray(history.initial)
-    for number, (offset, data) in enumerate(log):
-        if data is None:
+    image = bytearray(history.initial if which is Entry else history.beside)
+    for number, entry in enumerate(log):
+        offset, data = entry
+        if data is None or type(entry) is not which:
             continue
         at = 0
         while at < len(data):
@@ -259,28 +309,37 @@ def assert_written_is_there(
         )
 
 
-def qemu_says_sound(image: bytes) -> bool:
+def qemu_says_sound(image: bytes, data_file: bytes | None = None) -> bool:
     """qemu-img check: nothing wrong but leaks."""
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         path = pathlib.Path(folder, "image")
         path.write_bytes(image)
-        done = peers.run("qemu-img", "check", "-f", "qcow2", path, check=False)
+        options = f"driver=qcow2,file.filename={path}"
+        if data_file is not None:
+            beside = pathlib.Path(folder, "data")
+            beside.write_bytes(data_file)
+            options += f",data-file.filename={beside}"
+        done = peers.run("qemu-img", "check", "--image-opts", options, check=False)
         assert done.returncode in (0, 2, 3), done.stderr
         return done.returncode != 2
 
 
-async def write_again(kind: Kind, image: bytes) -> None:
+async def write_again(kind: Kind, image: bytes, beside: bytes | None = None) -> None:
     """What the crash left can be worked with, and then nothing is wrong but the old leaks."""
     file = MemoryFile(image)
     backing = RawNode(MemoryFile(kind.old)) if kind.backing else None
-    disk = Disk(guest_bytes(image, kind.old), CLUSTER, discards=False)
+    data_file = None if beside is None else MemoryFile(beside)
+    disk = Disk(guest_bytes(image, kind.old, beside), CLUSTER, discards=False)
     writes = [
         Request("write", at, min(700, kind.size - at), at) for at in range(0, kind.size, 2000)
     ]
-    async with open_memory(file, backing=backing, cache_sizes=kind.cache_sizes) as (backend, _):
+    async with open_memory(
+        file, backing=backing, data_file=data_file, cache_sizes=kind.cache_sizes
+    ) as (backend, _):
         await run_batch(backend, disk, writes)
     assert_sound(file.content, leaks_allowed=True)
-    assert guest_bytes(file.content, kind.old) == disk.content
+    beside = None if data_file is None else data_file.content
+    assert guest_bytes(file.content, kind.old, beside) == disk.content
 
 
 @pytest.mark.peer("qemu-img")
@@ -311,12 +370,15 @@ def assert_cuts_are_harmless(
     some = sorted({*ends, *(end + 1 for end in ends), len(history.log)})
     some += [chooser.randint(0, len(history.log)) for _ in range(cuts)]
     for number, length in enumerate([*moments, *chooser.sample(some, min(cuts, len(some)))]):
-        image = cut(history, length, chooser, chooser.choice((0.1, 0.5, 0.9)))
+        image, beside = cut_both(history, length, chooser, chooser.choice((0.1, 0.5, 0.9)))
+        data_file = beside if kind.data_file else None
         assert_sound(image, leaks_allowed=True)
-        assert_flushed_is_there(history, length, guest_bytes(image, kind.old))
+        assert_flushed_is_there(history, length, guest_bytes(image, kind.old, data_file))
+        if kind.data_file == "raw":
+            assert_flushed_is_there(history, length, bytes(beside))
         if number == 0:
-            assert qemu_says_sound(image)
-            trio.run(write_again, kind, image)
+            assert qemu_says_sound(image, data_file)
+            trio.run(write_again, kind, image, data_file)
 
 
 async def fill(content: bytes, length: int) -> bytes:
@@ -438,27 +500,31 @@ def fua_program(seed: int, nb_tables: int) -> list[list[Request]]:
     return program
 
 
-def assert_fua_is_durable(seed: int, tables: int | None, patience: int) -> int:
+def assert_fua_is_durable(
+    seed: int, tables: int | None, patience: int, data_file: str = ""
+) -> int:
     """Cut after each acknowledged FUA write; how many were passed down."""
     size = 5 * PER_TABLE
-    kind = Kind(3, 16, size, 0, tables)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        content = new_image(folder, size, cluster_size=CLUSTER)
+    kind = Kind(3, 16, size, 0, tables, data_file=data_file)
     program = fua_program(seed, 5 if tables else 2)
-    history = trio.run(record, kind, content, program, patience)
+    history = trio.run(record, kind, kind.make(), program, patience)
     chooser = random.Random(seed)
     for end, _, _ in history.fua:
         for chance in (0.0, 0.5):
-            image = cut(history, end, chooser, chance)
+            image, beside = cut_both(history, end, chooser, chance)
             assert_sound(image, leaks_allowed=True)
-            assert_flushed_is_there(history, end, guest_bytes(image))
+            disk = guest_bytes(image, data_file=beside if data_file else None)
+            assert_flushed_is_there(history, end, disk)
     return len(history.durable)
 
 
 @pytest.mark.parametrize("tables", [1, None])
 @pytest.mark.parametrize("patience", [0, 3])
-def test_an_acknowledged_fua_write_survives(tables, patience):
-    passed_down = sum(assert_fua_is_durable(seed, tables, patience) for seed in range(30))
+@pytest.mark.parametrize("data_file", ["", "external", "raw"])
+def test_an_acknowledged_fua_write_survives(tables, patience, data_file):
+    passed_down = sum(
+        assert_fua_is_durable(seed, tables, patience, data_file) for seed in range(30)
+    )
     assert passed_down > 20
 
 

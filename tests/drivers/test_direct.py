@@ -1,5 +1,7 @@
 """O_DIRECT: whatever is not aligned, ends of files, rewrites that overlap."""
 
+import errno
+import fcntl
 import os
 import random
 import tempfile
@@ -144,6 +146,88 @@ async def test_a_cancelled_zeroing_that_waits_leaves_the_gate(tmp_path, open_dir
     assert scope.cancelled_caught
     node.gate.leave(token)
     assert node.gate.statistics() == (0, 0)
+
+
+async def test_a_write_at_an_odd_end_has_the_file_to_itself(tmp_path, open_direct):
+    """It goes through the page cache, where a page holds blocks that O_DIRECT may be writing."""
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 65000)
+    node = open_direct(path)
+    started, finished = [], []
+    submit_write = node._engine.submit_write
+
+    def observed(fd, data, offset, done, **options):
+        started.append(offset)
+        submit_write(fd, data, offset, done, **options)
+
+    node._engine.submit_write = observed
+    blocks = BufferPool().take(4096)
+    blocks[:] = b"n" * 4096
+    node.submit_write(0, blocks, finished.append)
+    node.submit_write(64990, b"tail", finished.append)
+    node.submit_write(4096, blocks, finished.append)
+    assert started == [0]
+    with trio.fail_after(LONG):
+        await node._engine.idle()
+    del node._engine.submit_write
+    assert started == [0, 64990, 4096]
+    assert finished == [None] * 3
+    assert path.read_bytes() == b"n" * 8192 + b"o" * 56798 + b"tail" + b"o" * 6
+
+
+async def test_a_write_that_fails_when_it_is_its_turn_says_so(tmp_path, open_direct, monkeypatch):
+    """And those behind it go on: no descriptor for the page cache, say."""
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 1000)
+    node = open_direct(path)
+    found = []
+
+    def none_left(offset, data, done, dsync):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(node, "submit_cached", none_left)
+    with pytest.raises(OSError, match="Too many"):  # nobody before it: the caller hears of it
+        node.submit_write(900, b"late", found.append)
+    blocks = BufferPool().take(4096)
+    blocks[:] = b"n" * 4096
+    node.submit_write(4096, blocks, found.append)
+    node.submit_write(9000, b"late", found.append)
+    node.submit_write(8192, blocks, found.append)
+    assert found == []
+    with trio.fail_after(LONG):
+        await node._engine.idle()
+    assert sorted(error.errno if error else 0 for error in found) == [0, 0, errno.EMFILE]
+    assert node.gate.statistics() == (0, 0)
+
+
+async def test_old_blocks_are_read_into_aligned_memory(tmp_path, open_direct):
+    path = tmp_path / "file"
+    path.write_bytes(b"o" * 8192)
+    node = open_direct(path)
+    if node.alignment.request > 512:
+        pytest.skip("its blocks are as large as pages")
+    node.alignment = Alignment(4096, 512)
+    node._in_memory = 4095
+    submit_old = node.submit_old
+    seen = []
+
+    def observed(start, blocks, done):
+        seen.append((start, len(blocks), node.is_aligned(blocks)))
+        submit_old(start, blocks, done)
+
+    node.submit_old = observed
+    await node.write(100, b"n" * 1000)
+    assert seen == [(0, 1536, True)]
+    await node.write(512, b"n" * 100)
+    assert seen[1:] == [(512, 512, True)]
+    assert path.read_bytes() == b"o" * 100 + b"n" * 1000 + b"o" * 7092
+
+
+async def test_the_descriptor_is_not_a_non_blocking_one(tmp_path, open_direct):
+    (tmp_path / "file").write_bytes(bytes(4096))
+    flags = fcntl.fcntl(open_direct(tmp_path / "file").fd, fcntl.F_GETFL)
+    assert flags & os.O_DIRECT
+    assert not flags & os.O_NONBLOCK
 
 
 @pytest.fixture

@@ -56,6 +56,17 @@ def test_who_gives_up_waiting_holds_nobody(gate):
     assert log == ["a", "c"]
 
 
+def test_one_that_fails_at_once_when_it_is_its_turn_lets_the_next_go(gate):
+    log = []
+    a = enter(gate, log, "a", 0, 20, alone=True)
+    tokens = [gate.enter(0, 10, lambda: gate.leave(tokens[0]), serialising=True)]
+    enter(gate, log, "c", 10, 20)
+    enter(gate, log, "d", 0, 10)
+    gate.leave(a)
+    assert sorted(log) == ["a", "c", "d"]
+    assert gate.statistics() == (2, 0)
+
+
 def test_a_start_that_fails_leaves_nothing(gate):
     def fail():
         raise OSError(5, "no")

@@ -90,6 +90,20 @@ async def test_nothing_passes_it_unseen(nursery):
     assert child.calls == []
 
 
+async def test_a_request_that_waits_says_so_to_the_front_end(nursery, autojump_clock):
+    """So that it does not keep the poller from spinning for others; not what waits for a format."""
+    node = throttled(FakeLeaf(SIZE), iops_total=RateLimit(10))
+    below = throttled(FakeLeaf(SIZE), iops_total=RateLimit(10))
+    waits = []
+    for root in (node, FakeNode(SIZE, file=below)):
+        backend = BlockBackend(root, Epochs(), nursery, write_cache=True)
+        backend.on_wait = waits.append
+    for asked in (node, below):
+        for _ in range(4):
+            await asked.write(0, b"x")
+    assert waits == [1, -1] * 2  # two go at once
+
+
 async def test_a_backend_that_stops_lets_go_what_waits_in_its_nodes(nursery, autojump_clock):
     node = throttled(FakeLeaf(SIZE), iops_total=RateLimit(1))
     backend = BlockBackend(FakeNode(SIZE, file=node), Epochs(), nursery, write_cache=True)

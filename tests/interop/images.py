@@ -23,12 +23,14 @@ class Recipe:
 
     `fill`: the share of its 4 KiB pieces that hold data (without a backing file).  `backing`:
     is made first, in the folder below, and named relatively.  `commands`: for qemu-io, at last.
+    `data_file`: "external" or "raw", in a file of the image's name with ".data".
     """
 
     size: int
     options: str = "compat=v3"
     format: str = "qcow2"
     fill: float = 0.5
+    data_file: str = ""
     compressed: bool = False
     backing: "Recipe | None" = None
     commands: tuple[str, ...] = ()
@@ -80,6 +82,18 @@ RECIPES = {
     "zlib-2M-refcount8": Recipe(9 * MIB, "cluster_size=2M,refcount_bits=8", compressed=True),
     "zstd": Recipe(6 * MIB, "compression_type=zstd", compressed=True, commands=PATCHES),
     "zstd-4k": Recipe(3 * MIB, "compression_type=zstd,cluster_size=4k", compressed=True),
+    # data in another file
+    "data-file": Recipe(6 * MIB + 512, data_file="external", commands=PATCHES),
+    "data-file-512": Recipe(1 * MIB, "cluster_size=512", data_file="external"),
+    "data-file-empty": Recipe(6 * MIB, data_file="external", fill=0),
+    "data-file-preallocated": Recipe(6 * MIB, "preallocation=metadata", data_file="external",
+                                     fill=0, commands=PATCHES),
+    "data-file-raw": Recipe(6 * MIB, data_file="raw", commands=PATCHES),
+    "data-file-raw-4k": Recipe(3 * MIB, "cluster_size=4k", data_file="raw"),
+    "data-file-raw-empty": Recipe(6 * MIB, data_file="raw", fill=0),
+    "data-file-on-qcow2": Recipe(6 * MIB, data_file="external", backing=BASE, commands=PATCHES),
+    "on-data-file": Recipe(6 * MIB, commands=PATCHES, backing=Recipe(
+        5 * MIB, data_file="external", commands=PATCHES)),
     # backing files
     "on-raw": Recipe(3 * MIB, backing=RAW_BASE, commands=PATCHES),
     "on-raw-v2": Recipe(3 * MIB, "compat=0.10", backing=RAW_BASE,
@@ -106,7 +120,11 @@ RECIPES = {
 
 def make(recipe: Recipe, path: pathlib.Path) -> pathlib.Path:
     """Make the image, and its backing files below it.  Returns `path`."""
-    options = ("-o", recipe.options)
+    words = recipe.options
+    if recipe.data_file:
+        is_raw = "on" if recipe.data_file == "raw" else "off"
+        words += f",data_file={path}.data,data_file_raw={is_raw}"
+    options = ("-o", words)
     if recipe.backing is not None:
         base = make(recipe.backing, path.parent / "below" / f"base.{recipe.backing.format}")
         peers.qemu_img(

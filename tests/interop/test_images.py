@@ -66,6 +66,8 @@ def test_changes_arrive_and_leave_a_clean_image(tmp_path, served, name):
         peers.qemu_img_compare(server.uri, model)
     peers.qemu_img_check(image)
     peers.qemu_img_compare(image, model)
+    if RECIPES[name].data_file == "raw":
+        assert filecmp.cmp(f"{image}.data", model, shallow=False)
     assert {path: sha256(path) for path in below} == below
 
 

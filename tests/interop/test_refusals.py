@@ -227,10 +227,6 @@ def extended_l2(path):
     peers.qemu_img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on", path, "4M")
 
 
-def data_file(path):
-    peers.qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={path}.data", path, "4M")
-
-
 def encrypted_luks(path):
     # qemu-img measures the key derivation and gives up where the machine is too busy for that.
     for _ in range(20):
@@ -287,8 +283,8 @@ def unknown_feature(path):
     set_feature(path, 40)
 
 
-NEVER = [(extended_l2, "extended L2"), (data_file, "data file"), (encrypted_luks, "encrypt"),
-         (encrypted_aes, "encrypt"), (unknown_feature, "40")]
+NEVER = [(extended_l2, "extended L2"), (encrypted_luks, "encrypt"), (encrypted_aes, "encrypt"),
+         (unknown_feature, "40")]
 READ_ONLY = [(snapshots, "snapshot"), (bitmaps, "bitmap"), (not_closed, "not closed cleanly"),
              (corrupt, "corrupt")]
 
@@ -328,6 +324,46 @@ def test_a_feature_that_only_writing_would_harm_is_read(tmp_path, build):
     with peers.served(overlay) as server:
         peers.qemu_img_compare(server.uri, tmp_path / "raw")
     assert sha256(path) == before
+
+
+# --- data files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_backing", [False, True])
+@pytest.mark.parametrize(("what", "says"), [
+    ("missing", "No such file"), ("folder", "data: "), ("fifo", "neither a regular file"),
+    ("the image", "holds an image of this chain"), ("locked", "lock"), ("unnamed", "names none")])
+@pytest.mark.peer("qemu-img", "qemu-nbd")
+def test_a_data_file_that_cannot_be_had(tmp_path, socket_path, what, says, is_backing):
+    path, data = tmp_path / "disk.qcow2", tmp_path / "data"
+    peers.qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "4M")
+    top = path
+    if is_backing:
+        if what == "locked":
+            pytest.skip("who only reads a data file lets others write to it, as QEMU does")
+        top = tmp_path / "top.qcow2"
+        peers.qemu_img("create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", top)
+    if what == "locked":
+        with peers.qemu_nbd(data, format="raw"):
+            line = refuse(top, socket_path)
+    else:
+        if what == "unnamed":
+            content = path.read_bytes()
+            path.write_bytes(content.replace(os.fsencode(data), bytes(len(os.fsencode(data)))))
+        else:
+            data.unlink()
+        if what == "folder":
+            data.mkdir()
+        elif what == "fifo":
+            os.mkfifo(data)
+        elif what == "the image":
+            os.link(path, data)
+        line = refuse(top, socket_path)
+    assert says in line
+    if what == "unnamed":
+        assert str(path) in line
+    else:
+        assert line.startswith(f"nbdserve: {path}: data file {data}: ")
 
 
 # --- backing files --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +12,7 @@ from interop.images import KIB, MIB, Recipe, make
 from interop.tools import BareClient, refused
 
 IOPS = 200
+REQUESTS = 20_000
 BENCH = re.compile(r"Run completed in ([0-9.]+) seconds")
 SOON = 4.0
 """Seconds; the server waits 5 for requests in flight, so less means that it let them go."""
@@ -28,6 +30,11 @@ def bench(uri, number, *options):
     said = peers.qemu_img(
         "bench", "-f", "raw", "-c", str(number), "-d", "16", "-s", "4096", *options, uri)
     return float(BENCH.search(said)[1])
+
+
+def export_uri(uri, name):
+    """The URI of another export of the same server."""
+    return uri.replace("nbd+unix:///", f"nbd+unix:///{name}", 1)
 
 
 @pytest.mark.clock
@@ -52,6 +59,41 @@ def test_1000_requests_take_five_seconds(image):
     with peers.served(image, "--throttle", f"throttling.iops-total={IOPS}", "-t",
                       command="qemu-nbd") as server:
         assert bench(server.uri, 1000) == pytest.approx(4.95, rel=0.03)
+
+
+@pytest.mark.clock
+@pytest.mark.peer("qemu-img")
+def test_exports_of_one_group_share_evenly_and_the_rate_holds_for_ten_seconds(image, tmp_path):
+    other = make(Recipe(64 * MIB, fill=0, commands=("write -P 1 0 8M",)), tmp_path / "b.qcow2")
+    with (
+        peers.served(image, "--export", f"b={other}",
+                     "--object", f"throttle-group,id=g,x-iops-total={IOPS}",
+                     "--throttle", "group=g") as server,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        uris = [server.uri, export_uri(server.uri, "b")]
+        first, second = clients.map(lambda uri: bench(uri, 1000), uris)
+    # With fair turns nobody is done before the other has done nearly as much.
+    assert max(first, second) == pytest.approx((2000 - 21) / IOPS, rel=0.03)
+    assert min(first, second) == pytest.approx(max(first, second), rel=0.03)
+
+
+@pytest.mark.clock
+@pytest.mark.peer("qemu-img")
+def test_who_waits_for_his_turn_does_not_slow_down_another_export(image, tmp_path):
+    other = make(Recipe(64 * MIB, fill=0, commands=("write -P 1 0 8M",)), tmp_path / "b.qcow2")
+    throttled = f"driver=throttle,throttle-group=g,file.driver=qcow2,file.file.filename={other}"
+    with peers.served(
+        f"driver=qcow2,file.filename={image}", "--image-opts", "--export", f"b={throttled}",
+        "--object", "throttle-group,id=g,x-iops-total=1",
+    ) as server:
+        alone = min(bench(server.uri, REQUESTS) for _ in range(3))
+        slow = BareClient(server.socket_path, export=b"b")
+        slow.sock.sendall(b"".join(slow.request(slow.READ, n, 0, 512) for n in range(64)))
+        beside = min(bench(server.uri, REQUESTS) for _ in range(3))
+        slow.close()
+    # Spinning, a queue shared, or a task that runs for those who wait would cost a multiple.
+    assert beside < 1.5 * alone
 
 
 @pytest.mark.clock

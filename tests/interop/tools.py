@@ -100,14 +100,17 @@ class BareClient:
     _REQUEST = struct.Struct(">IHHQQI")
     _REPLY = struct.Struct(">IIQ")
 
-    def __init__(self, path: pathlib.Path, *, negotiate: bool = True) -> None:
+    def __init__(
+        self, path: pathlib.Path, *, negotiate: bool = True, export: bytes = b""
+    ) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(str(path))
         assert self._receive(18).startswith(b"NBDMAGICIHAVEOPT")
         if negotiate:
             no_zeroes_and_fixed = 3
-            self.sock.sendall(struct.pack(">IQII", no_zeroes_and_fixed, 0x49484156454F5054, 1, 0))
+            self.sock.sendall(struct.pack(
+                ">IQII", no_zeroes_and_fixed, 0x49484156454F5054, 1, len(export)) + export)
             self._receive(10)
 
     def request(

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from nbdserve.nbd import poller as module
-from nbdserve.nbd.poller import EAGERLY, READABLE, SLICE, SPIN, WRITABLE, Poller
+from nbdserve.nbd.poller import EAGERLY, PATIENCE, READABLE, SLICE, SPIN, WRITABLE, Poller
 
 LONG = 10.0
 ENOUGH = 200  # rounds after which whoever has not had a turn is starved
@@ -355,6 +355,57 @@ async def test_without_work_it_sleeps(poller, monkeypatch):
             await settle()
             assert handler.calls == 1
             assert 5 <= len(asked) <= 15
+
+
+@pytest.mark.parametrize(
+    ("took", "patience"),
+    [(SPIN / 10, SPIN), (PATIENCE / 2, PATIENCE * 3 / 4), (PATIENCE, SPIN), (1.0, SPIN)],
+)
+def test_how_long_it_waits_for_the_disk_is_learned_from_the_last_time(monkeypatch, took, patience):
+    """A little longer than that took; if it took long, not at all."""
+
+    class Completing:
+        eventfd = None
+
+        def reap(self):
+            return True
+
+    poller = Poller([Completing()])
+    monkeypatch.setattr(module, "perf_counter", lambda: 7.0 + took)
+    poller._last = 7.0
+    poller._reap()
+    assert poller._patience == pytest.approx(patience)
+    poller.close()
+
+
+@pytest.mark.parametrize(("patience", "least", "most"), [(SPIN, 5, 20), (PATIENCE, 50, 80)])
+async def test_an_only_client_is_waited_for_that_long(poller, monkeypatch, patience, least, most):
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += SPIN / 10
+        return now
+
+    monkeypatch.setattr(module, "perf_counter", clock)
+    poller._patience = patience
+    with pair() as (ours, theirs):
+        asked = []
+
+        def handler():
+            asked.append(1)
+            try:
+                return len(ours.recv(100))
+            except BlockingIOError:
+                return 0
+
+        poller.register(ours.fileno(), handler)
+        async with running(poller, alone=True):
+            await settle()
+            asked.clear()
+            theirs.send(b"x")
+            await settle()
+            assert least <= len(asked) <= most
 
 
 async def test_while_busy_it_does_not_spin(poller):

@@ -39,7 +39,8 @@ class Allocation:
     """New host clusters for a stretch of guest clusters of one L2 table; ends by link or abort."""
 
     def __init__(self, image: Image, clusters: Clusters, *, reserved: bool = False) -> None:
-        """`reserved`: the clusters belonged to the guest clusters already, marked zero."""
+        """`reserved`: the clusters belonged to the guest clusters already: they are marked zero,
+        or they are those of a data file."""
         self._image = image
         self._clusters = clusters
         self._reserved = reserved
@@ -74,13 +75,14 @@ def allocate_nowait(image: Image, offset: int, data: Buffer) -> bool:
     first = offset >> geometry.cluster_bits
     nb_clusters = geometry.clusters(start + len(data))
     index = first & (geometry.l2_entries - 1)
-    if image.broken is not None or not isinstance(image.file, Leaf):
+    if image.broken is not None or not isinstance(image.data, Leaf):
         return False
     if index + nb_clusters > geometry.l2_entries:
         return False
     if not image.locks.is_free(first, first + nb_clusters - 1):
         return False
-    tail = (nb_clusters << geometry.cluster_bits) - start - len(data)
+    tail = _to_end_of_cluster(image, offset + len(data))
+    in_place = image.data_file is not None
     try:
         table = image.table_nowait(offset)
         if table is None:
@@ -90,20 +92,25 @@ def allocate_nowait(image: Image, offset: int, data: Buffer) -> bool:
         copies = image.backing is not None and (start or tail)
         if any(entry != ZERO if copies else entry & ~ZERO for entry in old):
             return False
-        clusters = image.refcounts.take_nowait(nb_clusters)
+        clusters = (
+            Clusters(first, nb_clusters, zeroed=False)
+            if in_place
+            else image.refcounts.take_nowait(nb_clusters)
+        )
     except CorruptImage as error:
         raise image.stop(error) from None
     if clusters is None:
         return False
     too_much = not clusters.zeroed and nb_clusters << geometry.cluster_bits > MAX_INLINE
     if clusters.count < nb_clusters or too_much:
-        image.refcounts.put_back(clusters)
+        if not in_place:
+            image.refcounts.put_back(clusters)
         return False
-    with Allocation(image, clusters) as allocation:
+    with Allocation(image, clusters, reserved=in_place) as allocation:
         if clusters.zeroed:
-            written = image.file.write_nowait(allocation.host_offset + start, data)
+            written = image.data.write_nowait(allocation.host_offset + start, data)
         else:
-            written = image.file.writev_nowait(
+            written = image.data.writev_nowait(
                 allocation.host_offset, (bytes(start), data, bytes(tail))
             )
         if written:
@@ -129,13 +136,14 @@ async def write_allocating(image: Image, reader: Reader, offset: int, data: memo
                 return 0
             wanted = geometry.clusters((offset & geometry.in_cluster) + extent.length)
             reserved = extent.type is ClusterType.ZERO_ALLOC and extent.copied
-            if reserved:
-                image.metadata.assert_data(extent.host_offset, extent.length)
-            clusters = (
-                Clusters((extent.host_offset >> bits), wanted, zeroed=False)
-                if reserved
-                else await image.refcounts.take(wanted)
-            )
+            if image.data_file is not None:
+                reserved = True
+                clusters = Clusters(first, wanted, zeroed=False)
+            elif reserved:
+                image.assert_data(extent.host_offset, extent.length)
+                clusters = Clusters(extent.host_offset >> bits, wanted, zeroed=False)
+            else:
+                clusters = await image.refcounts.take(wanted)
             with Allocation(image, clusters, reserved=reserved) as allocation:
                 room = (clusters.count << bits) - (offset & geometry.in_cluster)
                 data = data[: min(extent.length, room)]
@@ -166,13 +174,22 @@ async def _write_data(
     )
     if reads_as_zeroes and clusters.zeroed:
         image.check_writable()
-        await image.file.write(allocation.host_offset + start, data)
+        await image.data.write(allocation.host_offset + start, data)
         return
     head = bytearray(start)
-    tail = bytearray(-end & geometry.in_cluster)
+    tail = bytearray(_to_end_of_cluster(image, end))
     if not reads_as_zeroes:
         await reader.read(offset - start, memoryview(head))
         inside = max(0, min(len(tail), geometry.size - end))
         await reader.read(end, memoryview(tail)[:inside])
     image.check_writable()
-    await image.file.writev(allocation.host_offset, (head, data, tail))
+    await image.data.writev(allocation.host_offset, (head, data, tail))
+
+
+def _to_end_of_cluster(image: Image, end: int) -> int:
+    """How many bytes there are from a guest offset to the end of its cluster; in a data file only
+    up to the end of the disk, so that a raw one keeps the disk's size (QEMU rounds it up)."""
+    nb_bytes = -end & image.geometry.in_cluster
+    if image.data_file is not None:
+        nb_bytes = min(nb_bytes, image.geometry.size - end)
+    return nb_bytes

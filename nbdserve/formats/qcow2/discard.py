@@ -18,8 +18,9 @@ import trio
 
 from nbdserve.block.units import MIB
 from nbdserve.errors import CorruptImage
-from nbdserve.formats.qcow2.resolve import ClusterType, cluster_type
-from nbdserve.formats.qcow2.spec import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from nbdserve.formats.qcow2.datafile import discard_raw, punch, zero_raw
+from nbdserve.formats.qcow2.resolve import ClusterType
+from nbdserve.formats.qcow2.spec import COPIED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,18 +43,25 @@ async def discard(image: Image, offset: int, length: int) -> None:
     """
     if image.header.version < 3 and image.backing is not None:
         return
+    first, last = _whole_clusters(image, offset, length)
+    if image.header.data_file_is_raw:
+        bits = image.geometry.cluster_bits
+        start, end = first << bits, min((last + 1) << bits, image.geometry.size)
+        if start < end:
+            await discard_raw(image, start, end - start)
+        return
     has_backing = image.backing is not None
+    type_of = image.mapping.type_of
     freed = ZERO if image.header.version >= 3 else 0
 
     def rule(entry: int) -> int:
-        kind = cluster_type(entry)
+        kind = type_of(entry)
         if kind is ClusterType.ZERO_PLAIN or (
             kind is ClusterType.UNALLOCATED and not has_backing
         ):
             return entry
         return freed
 
-    first, last = _whole_clusters(image, offset, length)
     await _change(image, first, last, rule)
 
 
@@ -71,6 +79,9 @@ async def write_zeroes(
     Without `may_unmap` clusters that are allocated stay reserved. Raises OSError(EOPNOTSUPP)
     without `fallback` if anything would have to be written.
     """
+    if image.header.data_file_is_raw:
+        await zero_raw(image, offset, length, may_unmap=may_unmap, fallback=fallback)
+        return
     first, last = _whole_clusters(image, offset, length)
     whole = first <= last
     bits = image.geometry.cluster_bits
@@ -90,12 +101,14 @@ async def write_zeroes(
     if not whole:
         return
 
+    type_of = image.mapping.type_of
+
     def rule(entry: int) -> int:
-        if cluster_type(entry) in _READS_AS_ZEROES and not (may_unmap and entry & OFFSET_MASK):
+        if type_of(entry) in _READS_AS_ZEROES and not (may_unmap and entry & OFFSET_MASK):
             return entry
         if image.header.version < 3:
             return 0
-        if not may_unmap and cluster_type(entry) is ClusterType.STANDARD and entry & COPIED:
+        if not may_unmap and type_of(entry) is ClusterType.STANDARD and entry & COPIED:
             return entry | ZERO
         return ZERO
 
@@ -159,16 +172,21 @@ async def _change_in_table(
 ) -> None:
     bits = image.geometry.cluster_bits
     start = first & (image.geometry.l2_entries - 1)
+    freed: list[int] = []  # guest clusters that have no room in the data file any more
     try:
         table = await image.table(first << bits)
         for index in range(start, start + last - first + 1):
             old = table.entries[index]
             new = rule(old)
             if new != old:
-                if not old & COMPRESSED:
-                    image.mapping.check_entry(old, (first - start + index) << bits)
+                guest = first - start + index
+                image.mapping.check_entry(old, guest << bits)
                 if not new & OFFSET_MASK:
                     image.forget(old)
+                if image.data_file is not None and old & COPIED and not new & COPIED:
+                    freed.append(guest)
                 table.set(index, new)
     except CorruptImage as error:
         raise image.stop(error) from None
+    if freed:
+        await punch(image, freed)

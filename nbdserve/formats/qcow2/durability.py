@@ -11,7 +11,12 @@ ordering.py. Nor need the rest of the image.) So a slice of a table counts as du
 
 What the file held when it was opened may lie in the page cache since another process wrote it; the
 first thing that proves it durable is a sync of our own. So nothing counts as durable until one has
-ended, and a flush of ours runs one only if the file was written to before: `file_written`.
+ended, and a flush of ours runs one only if the file was written to before: `file_written`. With a
+data file the image's own may never be written, so then it is only made to believe that it was.
+
+All this is of the image's file. New data in a data file needs nothing more: an entry is written
+after the data that it links is durable there too, and one that was rewritten with the value that it
+had before is as dirty as any.
 """
 
 from __future__ import annotations
@@ -39,8 +44,13 @@ class Durability:
         """Whether a flush would make anything durable that is not yet."""
         return bool(self._unflushed) or self._written > self._synced
 
+    @property
+    def is_synced(self) -> bool:
+        """Whether what the file held when it was opened is durable."""
+        return self._synced
+
     def file_written(self) -> None:
-        """A write of the file has completed: its next flush is a sync."""
+        """The file's next flush is a sync: a write of it has completed, or is presumed."""
         self._written = True
 
     def table_written(self, host_offset: int, nb_bytes: int) -> None:

@@ -95,11 +95,24 @@ class Header:
     bitmaps: BitmapsExtension | None
     """None also if the image has bitmaps that its autoclear bit declares inconsistent."""
     data_file: str | None
+    """The name of the external data file as written in the image, None if it has none or does not
+    name it. A plain path, never a protocol's. A relative one counts from the working directory, not
+    from the image's folder: that is what QEMU makes of it."""
 
     @property
     def cluster_size(self) -> int:
         """Bytes."""
         return 1 << self.cluster_bits
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether the guest's data is in an external data file."""
+        return bool(self.incompatible_features & IncompatibleFeature.DATA_FILE)
+
+    @property
+    def data_file_is_raw(self) -> bool:
+        """Whether the data file alone shall read as the guest's disk."""
+        return bool(self.autoclear_features & AutoclearFeature.RAW_DATA)
 
     @property
     def refcount_bits(self) -> int:
@@ -289,6 +302,8 @@ def _check_features(fields: _Fields, names: dict[tuple[FeatureType, int], str]) 
     data_file = fields.incompatible_features & IncompatibleFeature.DATA_FILE
     if fields.autoclear_features & AutoclearFeature.RAW_DATA and not data_file:
         raise Malformed("says that its external data file is raw, but has none")
+    if fields.autoclear_features & AutoclearFeature.RAW_DATA and fields.backing_file_offset:
+        raise Malformed("says that its external data file is raw, but has a backing file")
 
 
 def _compression_type(fields: _Fields) -> CompressionType:
@@ -416,13 +431,14 @@ def incompatible_features_update(header: Header, features: int) -> HeaderUpdate:
 def autoclear_update(header: Header) -> HeaderUpdate | None:
     """What must be written, and be durable, before anything else is; None: nothing.
 
-    Clears all autoclear bits, because we maintain none of these features: the unknown ones by
-    definition; with BITMAPS and bitmaps the image is not opened for writing (supported.py); and
-    RAW_DATA goes with a data file, which is refused too.
+    Clears all autoclear bits but RAW_DATA, because we maintain no other of these features: the
+    unknown ones by definition; and with BITMAPS and bitmaps the image is not opened for writing
+    (supported.py).
     """
-    if not header.autoclear_features:
+    kept = header.autoclear_features & AutoclearFeature.RAW_DATA
+    if header.autoclear_features == kept:
         return None
-    return _features_update(header, "autoclear_features", 0)
+    return _features_update(header, "autoclear_features", kept)
 
 
 def _features_update(header: Header, field: str, features: int) -> HeaderUpdate:

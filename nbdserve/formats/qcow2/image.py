@@ -41,7 +41,11 @@ log = logging.getLogger("nbdserve.qcow2")
 
 
 class Image:
-    """All attributes are set once, when the image is opened."""
+    """All attributes are set once, when the image is opened.
+
+    `file` holds the metadata; `data` the guest's clusters: that is `data_file` if there is one,
+    else `file` as well.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Image:
         geometry: Geometry,
         file: Node,
         backing: Node | None,
+        data_file: Node | None,
         mapping: Mapping,
         refcounts: Refcounts,
         metadata: MetadataMap,
@@ -61,6 +66,8 @@ class Image:
         self.geometry = geometry
         self.file = file
         self.backing = backing
+        self.data_file = data_file
+        self.data = data_file or file
         self.mapping = mapping
         self.refcounts = refcounts
         self.metadata = metadata
@@ -172,6 +179,8 @@ class Image:
         discarded, and handed out to somebody else, while tables are in it.
         """
         bits = self.geometry.cluster_bits
+        if self.data_file is not None:
+            return  # its cluster in the data file stays its own
         match cluster_type(entry):
             case ClusterType.STANDARD | ClusterType.ZERO_ALLOC:
                 host_offset, nb_bytes = entry & OFFSET_MASK, self.geometry.cluster_size
@@ -179,9 +188,14 @@ class Image:
                 host_offset, nb_bytes = compressed_extent(entry, bits)
             case _:
                 return
-        self.metadata.assert_data(host_offset, nb_bytes)
+        self.assert_data(host_offset, nb_bytes)
         for cluster in range(host_offset >> bits, (host_offset + nb_bytes - 1 >> bits) + 1):
             self._unlink(cluster)
+
+    def assert_data(self, host_offset: int, nb_bytes: int) -> None:
+        """Raises CorruptImage if guest data at a host offset would lie on metadata."""
+        if self.data_file is None:
+            self.metadata.assert_data(host_offset, nb_bytes)
 
     def abandon(self, clusters: Clusters) -> None:
         """Clusters that were taken but never linked."""

@@ -16,9 +16,10 @@ import trio
 
 from nbdserve.block.node import Buffer, Extent, Node
 from nbdserve.block.units import MIB
-from nbdserve.errors import CorruptImage
+from nbdserve.errors import CorruptImage, ImageError
 from nbdserve.formats.qcow2.allocation import allocate_nowait, write_allocating
 from nbdserve.formats.qcow2.cache import TableCache
+from nbdserve.formats.qcow2.datafile import DataFileMapping
 from nbdserve.formats.qcow2.discard import discard, write_zeroes
 from nbdserve.formats.qcow2.durability import Durability
 from nbdserve.formats.qcow2.geometry import Geometry
@@ -80,12 +81,13 @@ async def open_qcow2(
     engine: Engine,
     epochs: Epochs,
     *,
+    data_file: Node | None = None,
     read_only: bool,
     no_flush: bool = False,
     pass_discard: bool = True,
     cache_sizes: CacheSizes | None = None,
 ) -> Qcow2Node:
-    """Open an image whose header was read and whose backing file is open.
+    """Open an image whose header was read and whose backing file and data file are open.
 
     `pass_discard`: clusters that are freed are discarded in the file too.
 
@@ -93,18 +95,21 @@ async def open_qcow2(
     ImageError (unsupported, damaged), OSError.
     """
     check_supported(header, file.filename, read_only=read_only)
+    _check_data_file(header, file.filename, given=data_file is not None)
     geometry = Geometry(header.cluster_bits, header.refcount_order, header.size)
     l1 = await _read_table(file, header.l1_table_offset, geometry.l1_entries)
     metadata = MetadataMap(file.filename, geometry, file.size)
     quarantine = Quarantine(epochs)
     durability = Durability()
-    mapping = Mapping(
-        file,
+    new_mapping = Mapping if data_file is None else DataFileMapping
+    mapping = new_mapping(
+        data_file or file,
         backing,
         geometry,
         l1,
+        filename=file.filename,
         has_zero_flag=header.version >= 3,
-        metadata=metadata.offsets,
+        metadata=metadata.offsets if data_file is None else frozenset(),
         durability=durability,
     )
     table_bytes = header.refcount_table_clusters << header.cluster_bits
@@ -136,6 +141,7 @@ async def open_qcow2(
         geometry,
         file,
         backing,
+        data_file,
         mapping,
         refcounts,
         metadata,
@@ -145,6 +151,16 @@ async def open_qcow2(
     )
     node.wire(cache_sizes or CacheSizes())
     return node
+
+
+def _check_data_file(header: Header, filename: str, *, given: bool) -> None:
+    if header.has_data_file and not given:
+        raise ImageError(
+            f"{filename}: keeps its data in an external data file but names none;"
+            " data-file.filename= names it"
+        )
+    if given and not header.has_data_file:
+        raise ImageError(f"{filename}: keeps its data itself, so there can be no data file")
 
 
 async def _read_table(file: Node, host_offset: int, nb_entries: int) -> Table:
@@ -192,6 +208,8 @@ class Qcow2Node(Node):
     @property
     def children(self) -> MappingType[str, Node]:
         nodes = {"file": self.image.file}
+        if self.image.data_file is not None:
+            nodes["data-file"] = self.image.data_file
         if self.image.backing is not None:
             nodes["backing"] = self.image.backing
         return nodes
@@ -223,10 +241,10 @@ class Qcow2Node(Node):
                 raise image.stop(error) from None
             if extent.type is ClusterType.STANDARD and extent.copied:
                 try:
-                    image.metadata.assert_data(extent.host_offset, extent.length)
+                    image.assert_data(extent.host_offset, extent.length)
                 except CorruptImage as error:
                     raise image.stop(error) from None
-                await image.file.write(extent.host_offset, rest[: extent.length])
+                await image.data.write(extent.host_offset, rest[: extent.length])
                 written = extent.length
             else:
                 written = await write_allocating(image, self._reader, offset, rest)
@@ -234,15 +252,17 @@ class Qcow2Node(Node):
             rest = rest[written:]
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
-        """Passed down where it is one write of the file: several durable ones, one after the other,
+        """Passed down where it is one write of one file: several durable ones, one after the other,
         would cost more than a flush."""
         image = self.image
         image.check_writable()
         host_offset = image.mapping.durable_at(offset, len(data))
         if host_offset is not None:
-            return await image.file.write_fua(host_offset, data)
+            return await image.data.write_fua(host_offset, data)
         await self.write(offset, data)
-        image.durability.file_written()
+        if not image.durability.is_synced:
+            image.file.presume_written()  # the write may have gone to the data file alone
+            image.durability.file_written()
         return False
 
     async def write_zeroes(
@@ -265,7 +285,7 @@ class Qcow2Node(Node):
         match extent.type:
             case ClusterType.STANDARD:
                 # Part of a data cluster may be a hole in the file: then it reads as zeroes.
-                below = await image.file.block_status(extent.host_offset, length)
+                below = await image.data.block_status(extent.host_offset, length)
                 return [Extent(piece.length, data=True, zero=piece.zero) for piece in below]
             case ClusterType.COMPRESSED:
                 return [Extent(length, data=True, zero=False)]
@@ -279,9 +299,15 @@ class Qcow2Node(Node):
 
     # --- the flush chain -----------------------------------------------------------------------
 
+    @property
+    def _files(self) -> list[Node]:
+        """What holds this node's own metadata and data."""
+        image = self.image
+        return [image.file] if image.data_file is None else [image.file, image.data_file]
+
     def _is_settled(self) -> bool:
-        """Whether a flush of the file is all that a flush takes: no metadata is dirty or on its
-        way, and none waits to be known durable. Raises OSError if the image is broken."""
+        """Whether flushing the files is all that a flush takes: no metadata is dirty or on its way,
+        and none waits to be known durable. Raises OSError if the image is broken."""
         if self.read_only:
             return True
         image = self.image
@@ -294,16 +320,22 @@ class Qcow2Node(Node):
         )
 
     def flush_nowait(self) -> bool:
-        return self._is_settled() and (self.read_only or self.image.file.flush_nowait())
+        if not self._is_settled():
+            return False
+        return self.read_only or all(file.flush_nowait() for file in self._files)
 
     def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
-        return self._is_settled() and self.image.file.submit_flush(done)
+        if not self._is_settled():
+            return False
+        *others, last = self._files
+        return all(file.flush_nowait() for file in others) and last.submit_flush(done)
 
     async def flush(self) -> None:
         if self.read_only:
             return
         if self._is_settled():
-            await self.image.file.flush()
+            for file in self._files:
+                await file.flush()
             return
         covering = self._flushes + 1  # the next to begin; those who wait for it share it
         async with self._flush_lock:

@@ -3,7 +3,8 @@
 `WRITE_ORDER` is the law: what must be durable before what, and what a crash leaves otherwise.
 `STAGE` says how it is kept. A write-back takes the bytes of everything dirty at one moment and
 writes them in stages, with a flush of the file between stages. Whatever a stage's tables point to
-was made durable by an earlier stage, or before.
+was made durable by an earlier stage, or before; what is in a data file by a flush of that before L2
+entries are written.
 
 The order has no cycle, because nothing that frees is in it: a refcount is only lowered once the
 unlinking is durable (quarantine.py). So three stages suffice for everything, and the usual
@@ -111,6 +112,8 @@ async def write_back(image: Image) -> None:
                 continue
             if number == STAGE[What.L2_ENTRY] or any(stages[:number]):
                 # Makes durable what this stage points to: earlier stages and requests' data.
+                if number == STAGE[What.L2_ENTRY] and image.data_file is not None:
+                    await image.data_file.flush()
                 await image.file.flush()
                 pending = _settle(image, pending, number)
             await _write(image, writes)

@@ -53,7 +53,7 @@ class Reader:
             extent = await image.mapping.extent(offset, len(buffer))
             piece = buffer[: extent.length]
             if extent.type is ClusterType.STANDARD:
-                await image.file.read(extent.host_offset, piece)
+                await image.data.read(extent.host_offset, piece)
             elif extent.type is ClusterType.COMPRESSED:
                 await self._read_compressed(extent, offset, piece)
             elif extent.type is ClusterType.UNALLOCATED and image.backing is not None:

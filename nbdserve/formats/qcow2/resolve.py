@@ -63,7 +63,7 @@ class GuestExtent(NamedTuple):
 
 
 def cluster_type(entry: int) -> ClusterType:
-    """Classify an L2 entry (qcow2_get_cluster_type)."""
+    """Classify an L2 entry of an image that holds its data itself (qcow2_get_cluster_type)."""
     if entry & COMPRESSED:
         return ClusterType.COMPRESSED
     if entry & ZERO:
@@ -76,20 +76,24 @@ class Mapping:
 
     def __init__(
         self,
-        file: Node,
+        data: Node,
         backing: Node | None,
         geometry: Geometry,
         l1: Table,
         *,
+        filename: str,
         has_zero_flag: bool,
         metadata: Container[int],
         durability: Durability,
     ) -> None:
-        """`has_zero_flag`: version 3; in version 2 the bit is reserved and a mistake."""
+        """`data`: the node that host offsets are of. `filename`: the image's, for errors.
+        `has_zero_flag`: version 3; in version 2 the bit is reserved and a mistake. `metadata`: host
+        offsets that hold no data, whatever an entry says."""
         self.l1 = l1
         self.l2: TableCache  # set by the node: the cache loads through it
         self.backing = backing
-        self._file = file
+        self._data = data
+        self._filename = filename
         self._geometry = geometry
         self._metadata = metadata
         self._durability = durability
@@ -98,7 +102,7 @@ class Mapping:
         self._not_offset = ~(OFFSET_MASK & ~geometry.in_cluster) & ((1 << 64) - 1)
         reserved = self._not_offset & ~(COPIED | COMPRESSED)
         self._reserved = reserved & ~ZERO if has_zero_flag else reserved
-        self._leaf = file if isinstance(file, Leaf) else None
+        self._leaf = data if isinstance(data, Leaf) else None
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
         self._in_cluster = geometry.in_cluster
@@ -160,7 +164,7 @@ class Mapping:
 
     def _runs_to_read(self, extent: GuestExtent, offset: int) -> Resolution:
         if extent.type is STANDARD:
-            return self._file.resolve(READ, extent.host_offset, extent.length)
+            return self._data.resolve(READ, extent.host_offset, extent.length)
         if extent.type is ClusterType.COMPRESSED:
             return Miss.COMPRESSED
         if extent.type is UNALLOCATED and self.backing is not None:
@@ -178,7 +182,7 @@ class Mapping:
             return miss
         if op is not WRITE and not self.is_durable(offset, extent.length):
             return Miss.NEEDS_FLUSH
-        return self._file.resolve(op, extent.host_offset, extent.length)
+        return self._data.resolve(op, extent.host_offset, extent.length)
 
     def _miss_in_place(self, extent: GuestExtent, offset: int) -> Miss | None:
         """Why an extent cannot be written where it is."""
@@ -252,11 +256,12 @@ class Mapping:
             (start + length + self._in_cluster) >> self._cluster_bits, self._l2_mask + 1 - index
         )
         entry = entries[index]
-        kind = cluster_type(entry)
+        kind = self.type_of(entry)
+        self.check_entry(entry, offset)
         count = 1
         if kind is not ClusterType.COMPRESSED:
-            self.check_entry(entry, offset)
-            step = self._cluster_size if entry & OFFSET_MASK else 0
+            in_place = entry & OFFSET_MASK or kind is STANDARD
+            step = self._cluster_size if in_place else 0
             expected = entry + step
             while count < wanted and entries[index + count] == expected:
                 count += 1
@@ -269,11 +274,15 @@ class Mapping:
             bool(entry & COPIED),
         )
 
+    def type_of(self, entry: int) -> ClusterType:
+        """Classify an L2 entry of this image."""
+        return cluster_type(entry)
+
     def check_entry(self, entry: int, offset: int) -> None:
-        """Raises CorruptImage if an L2 entry, not a compressed one, cannot be right."""
-        if entry & self._reserved:
+        """Raises CorruptImage if the L2 entry of a guest offset cannot be right."""
+        if entry & self._reserved and not entry & COMPRESSED:
             raise CorruptImage(
-                f"{self._file.filename}: the L2 entry {entry:#x} of the cluster at guest offset"
+                f"{self._filename}: the L2 entry {entry:#x} of the cluster at guest offset"
                 f" {offset & ~self._in_cluster:#x} is damaged"
             )
 

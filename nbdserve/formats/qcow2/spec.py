@@ -64,6 +64,9 @@ MAX_BACKING_FILE_NAME = 1023
 MAX_BACKING_FORMAT_NAME = 15
 """Bytes: QEMU holds the name in 16, and no block driver has a longer one."""
 
+MAX_DATA_FILE_NAME = 1023
+"""Bytes, of those that we write: as for backing files. The spec has no limit."""
+
 MAX_SNAPSHOTS = 65536
 """QEMU's bound; the snapshot table is read whole, and an entry is at least 40 bytes."""
 

@@ -38,11 +38,6 @@ _REFUSALS = (
         reason="is encrypted, which is not supported",
     ),
     _Refusal(
-        _has(IncompatibleFeature.DATA_FILE),
-        may_read=False,
-        reason="keeps its data in an external data file, which is not supported",
-    ),
-    _Refusal(
         _has(IncompatibleFeature.EXTENDED_L2),
         may_read=False,
         reason="has extended L2 entries (subclusters), which are not supported",

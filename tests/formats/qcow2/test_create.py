@@ -7,6 +7,7 @@ import os
 import pytest
 
 import peers
+from nbdserve.block.units import align_up
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.qcow2 import spec
 from nbdserve.formats.qcow2.create import create_image
@@ -43,6 +44,9 @@ OPTIONS = [
     {"compression_type": "zstd", "refcount_bits": 64},
     {"backing_file": "back.raw", "backing_format": "raw"},
     {"backing_file": "x/../back.qcow2", "backing_format": "qcow2", "version": 2},
+    {"data_file": "data"},
+    {"data_file": "data", "data_file_raw": True, "compression_type": "zstd"},
+    {"data_file": "data", "backing_file": "back.raw", "backing_format": "raw"},
 ]
 
 
@@ -56,10 +60,16 @@ def test_same_bytes_as_qemu_img(tmp_path, monkeypatch, options, cluster_size):
     create_image("back.qcow2", 0)
     options = options | {"cluster_size": cluster_size}
     # Up to sizes for which one refcount block is enough.
+    data = tmp_path / "data"
     for size in (0, 513, cluster_size * cluster_size // 8 + 1):
         peers.qemu_img("create", "-q", "-f", "qcow2", *qemu_options(options), "qemu", str(size))
+        if data.exists():
+            data.write_bytes(b"old")
         create_image("ours", size, **options)
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "qemu").read_bytes()
+        if "data_file" in options:
+            assert data.stat().st_size == align_up(size, 512)
+            assert data.stat().st_blocks == 0
 
 
 LARGE = [
@@ -117,6 +127,38 @@ def test_refcounts_are_1_up_to_the_end_of_the_file_and_0_behind(tmp_path, size, 
     assert not any(counts[nb_clusters:])
 
 
+def test_a_data_file_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe").mkdir()
+    for name, reason in (("pipe", "Is a directory"), ("no/data", "No such file"),
+                         ("/dev/null", "not a regular file")):
+        with pytest.raises(ImageError, match=f"^{name}: cannot create: {reason}"):
+            create_image("image", M, data_file=name)
+        assert not (tmp_path / "image").exists()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_image_that_cannot_be_made_leaves_no_data_file(tmp_path, existed):
+    data = tmp_path / "data"
+    if existed:
+        data.touch()
+    with pytest.raises(ImageError, match="cannot create"):
+        create_image(str(tmp_path / "no" / "image"), M, data_file=str(data))
+    assert data.exists() is existed
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+def test_every_cluster_of_a_raw_data_file_is_mapped(tmp_path):
+    path, data = tmp_path / "image", tmp_path / "data"
+    size = 3 * M + 512  # 97 L2 tables, the last for a single, partial cluster
+    create_image(str(path), size, cluster_size=512, data_file=str(data), data_file_raw=True)
+    [extent] = json.loads(peers.qemu_img("map", "--output=json", path))
+    assert (extent["length"], extent["data"], extent["offset"]) == (size, True, 0)
+    peers.qemu_io(path, "write -P 1 1M 1M", f"write -P 2 {size - 10} 10")
+    peers.qemu_img_check(path)
+    assert data.read_bytes() == bytes(M) + b"\1" * M + bytes(M + 502) + b"\2" * 10
+
+
 REFUSED = [
     ({"size": -1}, "size: -1 is negative"),
     ({"size": 128 * G + 1, "cluster_size": 512}, "size: .* too large for cluster_size=512"),
@@ -137,6 +179,15 @@ REFUSED = [
     ({"compression_type": "zstd", "version": 2}, "compression_type: zstd needs version 3"),
     ({"lazy_refcounts": True, "version": 2}, "lazy_refcounts: needs version 3"),
     ({"backing_format": "raw"}, "backing_format: needs a backing file"),
+    ({"data_file": "data", "version": 2}, "data_file: needs version 3"),
+    ({"data_file": ""}, "data_file: '' is empty"),
+    ({"data_file": "d" * 1024}, "data_file: the name is 1024 bytes long, at most 1023"),
+    ({"data_file": "d" * 500, "cluster_size": 512}, "data_file: the name is 500 bytes long, too"),
+    ({"data_file_raw": True}, "data_file_raw: needs a data file"),
+    (
+        {"data_file": "d", "data_file_raw": True, "backing_file": "b", "backing_format": "raw"},
+        "data_file_raw: cannot be used with a backing file",
+    ),
     ({"backing_file": "base"}, "backing_file: the format of the backing file must be given"),
     ({"backing_file": "", "backing_format": "raw"}, "backing_file: '' is empty"),
     ({"backing_file": "a\0b", "backing_format": "raw"}, "backing_file: .* NUL byte"),

@@ -208,6 +208,10 @@ MALFORMED = [
         "compression type 255 is not supported",
     ),
     ({"autoclear_features": 2}, "external data file is raw, but has none"),
+    (
+        {"autoclear_features": 2, "incompatible_features": 4, "backing_file_offset": 4096},
+        "external data file is raw, but has a backing file",
+    ),
     ({"refcount_table_clusters": 0}, "has no refcount table"),
     ({"refcount_table_clusters": 129}, "refcount table is too large: 8454144 bytes"),
     ({"refcount_table_clusters": 0xFFFFFFFF}, "refcount table is too large"),
@@ -481,3 +485,6 @@ def test_an_image_with_a_data_file(tmp_path):
     assert header.data_file == str(data_file)
     assert header.incompatible_features == IncompatibleFeature.DATA_FILE
     assert header.autoclear_features == AutoclearFeature.RAW_DATA
+    assert header.has_data_file
+    assert header.data_file_is_raw
+    assert autoclear_update(header) is None

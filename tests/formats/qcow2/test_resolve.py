@@ -44,6 +44,7 @@ def mapping(entries, *, backing=None, version=3, metadata=(), l1=(0x8000 | COPIE
         backing,
         geometry,
         Table(array("Q", [*l1, 0]), 0x1000),
+        filename="disk.qcow2",
         has_zero_flag=version >= 3,
         metadata=set(metadata),
         durability=durability or Durability(),
@@ -98,7 +99,7 @@ def test_other_clusters(entry, read, write):
 
 @pytest.mark.parametrize("entry", [entry for entry, read, _ in NOT_PLAIN if read is Miss.OPAQUE])
 def test_damaged_entries(entry):
-    with pytest.raises(CorruptImage, match=r"^memory: the L2 entry 0x\w+ .* offset 0x1000 is"):
+    with pytest.raises(CorruptImage, match=r"^disk.qcow2: the L2 entry 0x\w+ .* offset 0x1000 is"):
         mapping([0, entry]).extent_at(C + 5, 1)
 
 

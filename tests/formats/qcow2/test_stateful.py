@@ -77,6 +77,7 @@ class Kind:
     backing_size: int
     compressed: bool
     tables: int | None  # how many metadata tables each cache holds; None: the default
+    data_file: str = ""  # external, raw
 
     @property
     def cache_sizes(self) -> CacheSizes:
@@ -90,13 +91,20 @@ class Kind:
 
 
 @st.composite
-def kinds(draw, cluster_sizes, backings=("none", "raw", "qcow2"), compressed=(False, True)):
-    version = draw(st.sampled_from((3, 3, 2)))
+def kinds(
+    draw,
+    cluster_sizes,
+    backings=("none", "raw", "qcow2"),
+    compressed=(False, True),
+    data_files=("",),
+):
+    data_file = draw(st.sampled_from(data_files))
+    version = 3 if data_file else draw(st.sampled_from((3, 3, 2)))
     cluster_size = draw(st.sampled_from(cluster_sizes))
     refcount_bits = draw(st.sampled_from((16, 64, 1, 2, 4, 8, 32))) if version == 3 else 16
     most = {512: 200 * K, 4 * K: 600 * K, 64 * K: M, 2 * M: 5 * M}[cluster_size]
     size = draw(st.integers(1, most // 512)) * 512
-    backing = draw(st.sampled_from(backings))
+    backing = draw(st.sampled_from(("none",) if data_file == "raw" else backings))
     backing_size = draw(st.integers(1, most // 512)) * 512 if backing != "none" else 0
     return Kind(
         version,
@@ -105,8 +113,9 @@ def kinds(draw, cluster_sizes, backings=("none", "raw", "qcow2"), compressed=(Fa
         size,
         backing,
         backing_size,
-        compressed=backing != "raw" and draw(st.sampled_from(compressed)),
+        compressed=backing != "raw" and not data_file and draw(st.sampled_from(compressed)),
         tables=draw(st.sampled_from((1, 3, None))),
+        data_file=data_file,
     )
 
 
@@ -164,6 +173,8 @@ def make(kind: Kind, folder: pathlib.Path) -> tuple[pathlib.Path, bytes]:
     path = folder / "disk.qcow2"
     options = {"version": kind.version, "cluster_size": kind.cluster_size}
     compat = f"compat={'1.1' if kind.version == 3 else '0.10'},cluster_size={kind.cluster_size}"
+    if kind.data_file:
+        return path, make_with_data_file(kind, path, compat)
     if kind.backing == "none":
         if not kind.compressed:
             create_image(str(path), kind.size, refcount_bits=kind.refcount_bits, **options)
@@ -194,6 +205,38 @@ def make(kind: Kind, folder: pathlib.Path) -> tuple[pathlib.Path, bytes]:
         **options,
     )
     return path, content[: kind.size].ljust(kind.size, b"\0")
+
+
+def make_with_data_file(kind: Kind, path: pathlib.Path, options: str) -> bytes:
+    """By QEMU, as are the first writes; returns what it reads as."""
+    content = old_content(kind, kind.backing_size) if kind.backing != "none" else b""
+    raw_file, base = path.with_name("raw"), path.with_name("base")
+    backing = [] if kind.backing == "none" else ["-b", base, "-F", kind.backing]
+    if backing:
+        raw_file.write_bytes(content)
+        peers.qemu_img("convert", "-f", "raw", "-O", kind.backing, raw_file, base)
+    is_raw = "on" if kind.data_file == "raw" else "off"
+    options += f",refcount_bits={kind.refcount_bits},data_file={path}.data,data_file_raw={is_raw}"
+    peers.qemu_img("create", "-q", "-f", "qcow2", "-o", options, *backing, path, str(kind.size))
+    disk = bytearray(content[: kind.size].ljust(kind.size, b"\0"))
+    commands = []
+    for number, (what, zeroes) in enumerate(PREPARED):
+        start, length = number * kind.cluster_size, min(kind.cluster_size, 64 * K)
+        if start + length <= kind.size:
+            commands += [f"write -P 7 {start} {length}", what.format(start=start, length=length)]
+            disk[start : start + length] = bytes(length) if zeroes else b"\7" * length
+    if commands:
+        peers.qemu_io(path, *commands, options=("-f", "qcow2", "-d", "unmap"))
+    return bytes(disk)
+
+
+# What QEMU does to the first clusters after writing to them, and whether they are zeroes then.
+PREPARED = [
+    ("flush", False),
+    ("write -z {start} {length}", True),
+    ("write -z -u {start} {length}", True),
+    ("flush", False),
+]
 
 
 def sessions(program):
@@ -234,6 +277,8 @@ def run_program(kind: Kind, program) -> None:
         for session in sessions(program):
             trio.run(run_on_file, path, kind, disk, session)
             assert_sound(path.read_bytes())
+            if kind.data_file == "raw":
+                assert (folder / "disk.qcow2.data").read_bytes()[: kind.size] == disk.content
         judge(path, disk)
 
 
@@ -251,28 +296,53 @@ def test_programs_on_large_clusters(data):
     run_program(kind, data.draw(programs(kind, 6), label="program"))
 
 
+@profile(100)
+@given(st.data())
+def test_programs_on_images_with_a_data_file(data):
+    kind = data.draw(
+        kinds((512, 4 * K, 64 * K), data_files=("external", "raw")), label="image"
+    )
+    run_program(kind, data.draw(programs(kind), label="program"))
+
+
 async def run_in_memory(kind: Kind, content: bytes, program, patience: int) -> bytearray:
     disk = Disk(bytes(kind.size), kind.cluster_size, discards=True)
     image: bytes | bytearray = content
+    # Only a raw data file is the empty disk; in others what is not mapped is anything.
+    beside: bytes | bytearray = (b"\0" if kind.data_file == "raw" else b"\x5a") * kind.size
     for number, session in enumerate(sessions(program)):
         file = MemoryFile(image, patience=patience, seed=number)
-        async with open_memory(file, cache_sizes=kind.cache_sizes, settle=True) as (backend, _):
+        data_file = MemoryFile(beside, patience=patience, seed=~number) if kind.data_file else None
+        async with open_memory(
+            file, data_file=data_file, cache_sizes=kind.cache_sizes, settle=True
+        ) as (backend, _):
             for batch in session:
                 await run_batch(backend, disk, batch)
         image = file.content
         assert_sound(image)
-        assert guest_bytes(image) == disk.content
+        if data_file is not None:
+            beside = data_file.content
+            assert len(beside) == kind.size
+            assert kind.data_file != "raw" or beside == disk.content
+        assert guest_bytes(image, data_file=beside if data_file else None) == disk.content
     return file.content
 
 
 @profile(250)
 @given(st.data(), st.integers(1, 6))
 def test_programs_whose_requests_are_kept_waiting(data, patience):
-    kind = data.draw(kinds((512,), backings=("none",), compressed=(False,)), label="image")
+    data_files = ("", "", "external", "raw")
+    kind = data.draw(
+        kinds((512,), backings=("none",), compressed=(False,), data_files=data_files),
+        label="image",
+    )
     program = data.draw(programs(kind), label="program")
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         options = {"cluster_size": kind.cluster_size, "refcount_bits": kind.refcount_bits}
-        content = new_image(folder, kind.size, version=kind.version, **options)
+        features = {"": (0, 0), "external": (4, 0), "raw": (4, 2)}[kind.data_file]
+        content = new_image(
+            folder, kind.size, version=kind.version, features=features, **options
+        )
     trio.run(run_in_memory, kind, content, program, patience)
     event(f"version {kind.version}, {kind.tables} tables in a cache")
 

@@ -33,7 +33,6 @@ def incompatible(feature):
 REFUSED = [
     ({"crypt_method": 1}, "is encrypted", False),
     ({"crypt_method": 2}, "is encrypted", False),
-    (incompatible(IncompatibleFeature.DATA_FILE), "external data file", False),
     (incompatible(IncompatibleFeature.EXTENDED_L2), "extended L2", False),
     (incompatible(IncompatibleFeature.CORRUPT), "marked corrupt; .* qemu-img check -r all", True),
     (incompatible(IncompatibleFeature.DIRTY), "not closed cleanly, .*qemu-img check -r all", True),
@@ -67,6 +66,7 @@ def test_refused(header, changes, reason, may_read):
         {"compatible_features": 2**64 - 1},
         {"autoclear_features": 1 << 5},
         {"backing_file": "base"},
+        incompatible(IncompatibleFeature.DATA_FILE) | {"data_file": "data"},
         {"extensions": ((0x12345678, b"unknown"),)},
     ],
 )
@@ -78,7 +78,6 @@ def test_not_refused(header, changes, read_only):
 AES = "encrypt.format=aes,encrypt.key-secret=key"
 MADE_BY_QEMU = [
     (["create", "-o", "extended_l2=on"], [], "extended L2", False),
-    (["create", "-o", "data_file={folder}/data"], [], "external data file", False),
     (["create", "--object", "secret,id=key,data=x", "-o", AES], [], "is encrypted", False),
     (["create"], ["snapshot", "-c", "one", "{image}"], "internal snapshots", True),
     (["create"], ["bitmap", "--add", "{image}", "one"], "persistent bitmaps", True),
