@@ -5,8 +5,8 @@ legal pair.  Tests of options, refusals and life cycles start the server by them
 it makes no difference what moves the data, or they say it.
 
 `--matrix` runs all variants (`-k io_uring-none` picks a pair).  That takes long, so without it
-every test runs with threads and the page cache, and the others take turns: each pair runs each
-test function, and each of its cases runs with one further pair.
+every test runs with threads and the page cache, which are to be had everywhere, and the others
+take turns: each pair runs each test function, and each of its cases runs with one further pair.
 """
 
 import contextlib
