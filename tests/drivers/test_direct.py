@@ -200,6 +200,7 @@ async def test_a_write_that_fails_when_it_is_its_turn_says_so(tmp_path, open_dir
     assert node.gate.statistics() == (0, 0)
 
 
+@pytest.mark.parametrize("open_direct", [512], indirect=True)
 async def test_old_blocks_are_read_into_aligned_memory(tmp_path, open_direct):
     path = tmp_path / "file"
     path.write_bytes(b"o" * 8192)
