@@ -17,7 +17,10 @@ PYTEST_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
-.PHONY: help serve test check lint types coverage bench cache-table clean
+# make kernel KERNEL=linux-image-6.12.95+deb12-cloud-amd64: another kernel package than the default
+KERNEL ?=
+
+.PHONY: help serve test kernel check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -31,6 +34,12 @@ demo.qcow2: | $(VENV)/.has-run
 test: $(VENV)/.has-test  ## set up everything, the peers included, and run the tests
 	@tools/peers.sh
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+kernel: $(VENV)/.has-test  ## the long run of the tests with a kernel as the client; KERNEL=package
+	@tools/peers.sh
+	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
+	NBDSERVE_SOAK=1 NBDSERVE_KERNEL=$$(basename $$kernel) \
+		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test

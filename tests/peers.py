@@ -29,6 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 LIBNBD = "python3-libnbd"
 # Installed is not enough: containers may forbid ptrace.
 STRACE = "strace"
+# A kernel for tests/kernel: unpacked, not installed (tools/guest-kernel.sh).
+GUEST_KERNEL = "guest-kernel"
+KERNELS = pathlib.Path(__file__).parents[1] / "build" / "kernel"
 SYSTEM_PYTHON = "/usr/bin/python3"
 # nbd-client is in /usr/sbin, which is not on every user's PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -58,7 +61,14 @@ def have(program: str) -> bool:
     if program == STRACE and shutil.which(program) is not None:
         probe = [program, "-o", os.devnull, "true"]
         return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    if program == GUEST_KERNEL:
+        return guest_kernel().joinpath("vmlinuz").exists()
     return shutil.which(program, path=SEARCH_PATH) is not None
+
+
+def guest_kernel() -> pathlib.Path:
+    """The folder of the guest's kernel; NBDSERVE_KERNEL names another than the default one."""
+    return KERNELS / os.environ.get("NBDSERVE_KERNEL", "default")
 
 
 def run(*command: PathLike, check: bool = True, timeout: float = 120, stdin: str | None = None
