@@ -25,9 +25,6 @@ from collections.abc import Callable, Iterator
 import peers
 from kernel.initramfs import initramfs
 
-HOST = "10.0.2.2"
-"""The host's 127.0.0.1, as the guest sees it."""
-
 CPUS = 4
 """The NBD driver opens no more queues than there are CPUs, however many connections it has."""
 
@@ -63,14 +60,14 @@ class Guest:
         self, script: str, *, check: bool = True, timeout: float = RUN_SECONDS,
         on_word: Callable[[str], object] = lambda _: None,
     ) -> Done:
-        """Run a shell script in the guest to its end. `on_word` is called with each line that it
-        writes to descriptor 3, when it does.
+        """Run a shell script in the guest to its end; it has the function `attach` (see there).
+        `on_word` is called with each line that it writes to descriptor 3, when it does.
 
         Raises `GuestFailed` if it exits with another status than 0 (unless `check` is false), and,
         with the guest killed, if it takes longer than `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        self._send(base64.b64encode(b"set -eu\n" + script.encode()) + b"\n")
+        self._send(base64.b64encode(b"set -eu\n. /attach\n" + script.encode()) + b"\n")
         while True:
             word, _, rest = self._line(deadline).partition(" ")
             if word == "end":

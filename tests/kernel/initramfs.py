@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import peers
 
 INIT = pathlib.Path(__file__).with_name("init")
+ATTACH = pathlib.Path(__file__).with_name("attach")
 
 # Those a Debian has anyway, and those of tools/peers.sh.
 PROGRAMS = (
@@ -60,6 +61,7 @@ def _contents(kernel: pathlib.Path) -> Iterator[tuple[str, tuple[int, Source]]]:
     """(path in the guest, (mode, where its bytes are)) of everything, folders first."""
     modules = _modules(kernel / "modules")
     files: dict[str, tuple[int, Source]] = {"init": (0o100755, INIT)}
+    files["attach"] = (0o100644, ATTACH)
     files |= {f"modules/{name}.ko": (0o100644, path) for name, path in modules.items()}
     order = "".join(f"{name}.ko {OPTIONS.get(name, '')}\n" for name in modules)
     files["modules/order"] = (0o100644, order.encode())
@@ -114,7 +116,7 @@ def _identity(source: Source) -> str:
     """What changes when the bytes do, without reading all of them."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    if source == INIT:
+    if source in (INIT, ATTACH):
         return hashlib.sha256(source.read_bytes()).hexdigest()
     status = source.stat()
     return f"{source} {status.st_size} {status.st_mtime_ns}"

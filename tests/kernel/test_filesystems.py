@@ -11,7 +11,7 @@ import os
 import pytest
 
 import peers
-from kernel.guest import HOST, port_of
+from kernel.guest import port_of
 
 pytestmark = pytest.mark.peer(
     "guest-kernel", "qemu-system-x86_64", "busybox", "nbd-client", "mke2fs", "mkfs.xfs",
@@ -35,7 +35,7 @@ MAKE = {"ext4": "mke2fs -q -t ext4 /dev/nbd0", "xfs": "mkfs.xfs -q -f /dev/nbd0"
 CHECK = {"ext4": "e2fsck -f -n /dev/nbd0", "xfs": "xfs_repair -n /dev/nbd0"}
 SIZE = {"ext4": "96M", "xfs": "320M"}
 
-ATTACH = f"dmesg -c >/dev/null; nbd-client {HOST} $port /dev/nbd0 -C $connections -t 30"
+ATTACH = "dmesg -c >/dev/null; attach $port $connections -t 30"
 
 # The page cache is dropped before reading, so that it is the disk that is read. The files to be
 # deleted are big, so that trimming shows.

@@ -23,7 +23,7 @@ import sys
 import pytest
 
 import peers
-from kernel.guest import HOST, port_of
+from kernel.guest import port_of
 from kernel.powercut import History
 
 pytestmark = pytest.mark.peer(
@@ -37,8 +37,8 @@ RECORDER = (sys.executable, pathlib.Path(__file__).with_name("recorder.py"))
 
 # The noise is never synced by its writer, so parts of it are in flight at any time; its deletion
 # makes the trims race the writes. After FILES words the host cuts the power.
-WORK = f"""
-nbd-client {HOST} $port /dev/nbd0 -C $connections -t 30
+WORK = """
+attach $port $connections -t 30
 mke2fs -q -t ext4 -J size=4 /dev/nbd0
 mount -t ext4 -o commit=1 /dev/nbd0 /mnt
 sync /mnt
@@ -163,7 +163,7 @@ def test_the_kernel_mounts_what_a_cut_left(run, guest, tmp_path):
     sums = "".join(f"{digest}  {name}\n" for name, digest in kept)
     with peers.served(image, bind="127.0.0.1") as server:
         guest.run(f"""
-            nbd-client {HOST} {port_of(server)} /dev/nbd0 -t 30
+            attach {port_of(server)} 1 -t 30
             mount -t ext4 /dev/nbd0 /mnt
             cd /mnt
             md5sum --quiet -c <<END\n{sums}END

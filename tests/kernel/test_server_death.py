@@ -12,14 +12,14 @@ import threading
 import pytest
 
 import peers
-from kernel.guest import HOST, port_of
+from kernel.guest import port_of
 
 pytestmark = pytest.mark.peer(
     "guest-kernel", "qemu-system-x86_64", "busybox", "nbd-client", "mke2fs", "mkfs.xfs",
     "setpriv", "qemu-img")  # fmt: skip
 
-SETUP = f"""
-nbd-client {HOST} $port /dev/nbd0 -t 3 $options
+SETUP = """
+attach $port $options
 mke2fs -q -t ext4 -E lazy_itable_init=1 /dev/nbd0
 mount -t ext4 /dev/nbd0 /mnt
 for n in 1 2 3; do dd if=/dev/urandom of=/mnt/kept.$n bs=100k count=9 conv=fsync status=none; done
@@ -41,8 +41,8 @@ umount /mnt || umount /mnt
 nbd-client -d /dev/nbd0
 """
 
-AGAIN = f"""
-nbd-client {HOST} $port /dev/nbd0 -t 30 $options
+AGAIN = """
+attach $port $options
 e2fsck -f -p /dev/nbd0 || test $? = 1
 mount -t ext4 /dev/nbd0 /mnt
 (cd /mnt; md5sum --quiet -c /tmp/sums)
@@ -66,10 +66,10 @@ def serve(image, mode="writeback"):
 @pytest.mark.parametrize(
     ("signum", "options", "mode"),
     [
-        (signal.SIGKILL, "-C 1", "writeback"),
-        (signal.SIGKILL, "-C 4", "unsafe"),  # the page cache outlives the process
-        (signal.SIGKILL, "-C 4 -persist", "none"),
-        (signal.SIGTERM, "-C 4", "writeback"),
+        (signal.SIGKILL, "1 -t 3", "writeback"),
+        (signal.SIGKILL, "4 -t 3", "unsafe"),  # the page cache outlives the process
+        (signal.SIGKILL, "4 -t 3 -persist", "none"),
+        (signal.SIGTERM, "4 -t 3", "writeback"),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
@@ -91,7 +91,7 @@ def test_what_was_fsynced_outlives_the_server(guest, image, signum, options, mod
 
 def test_a_server_that_stands_still_for_a_while_harms_nothing(guest, image):
     with serve(image) as server:
-        values = f"port={port_of(server)} options='-C 2 -t 60'\n"
+        values = f"port={port_of(server)} options='2 -t 60'\n"
         guest.run(values + SETUP)
         timers = []
 
@@ -120,7 +120,7 @@ def test_a_server_that_stands_still_for_a_while_harms_nothing(guest, image):
 def test_the_client_is_gone_without_goodbye(guest, image):
     """The guest's device is disconnected under a mounted file system, and attached again."""
     with serve(image) as server:
-        values = f"port={port_of(server)} options='-C 4'\n"
+        values = f"port={port_of(server)} options='4 -t 30'\n"
         guest.run(values + SETUP)
         guest.run("nbd-client -d /dev/nbd0; umount /mnt || umount /mnt")
         guest.run(values + AGAIN)
