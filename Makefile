@@ -17,10 +17,14 @@ PYTEST_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
-# As many tests at once as there are processors, but for those that measure time.
-PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup
+# make kernel KERNEL=linux-image-6.12.95+deb12-cloud-amd64: another kernel package than the default
+KERNEL ?=
 
-.PHONY: help serve test matrix check lint types coverage bench cache-table clean
+# As many tests at once as there are processors, but for those that measure time. Those in a guest
+# have a target of their own.
+PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
+
+.PHONY: help serve test matrix kernel check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -38,6 +42,12 @@ test: $(VENV)/.has-test  ## set up everything, the peers included, and run the t
 matrix: $(VENV)/.has-test  ## all that moves data, with every I/O engine and each cache mode it may have
 	@tools/peers.sh
 	$(PYTEST) --matrix tests/interop $(PYTEST_ARGS)
+
+kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_SOAK=1 for the long run
+	@tools/peers.sh kernel
+	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
+	NBDSERVE_KERNEL=$$(basename $$kernel) \
+		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test

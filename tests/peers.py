@@ -34,6 +34,9 @@ STRACE = "strace"
 # file systems in memory have no use for the other.
 IO_URING = "io_uring"
 O_DIRECT = "O_DIRECT"
+# A kernel for tests/kernel: unpacked, not installed (tools/guest-kernel.sh).
+GUEST_KERNEL = "guest-kernel"
+KERNELS = pathlib.Path(__file__).parents[1] / "build" / "kernel"
 SYSTEM_PYTHON = "/usr/bin/python3"
 # nbd-client is in /usr/sbin, which is not on every user's PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -64,6 +67,8 @@ def have(program: str) -> bool:
     if program == STRACE and shutil.which(program) is not None:
         probe = [program, "-o", os.devnull, "true"]
         return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    if program == GUEST_KERNEL:
+        return guest_kernel().joinpath("vmlinuz").exists()
     if program == IO_URING:
         return _may_use_io_uring()
     if program == O_DIRECT:
@@ -92,6 +97,11 @@ def _has_o_direct(folder: PathLike) -> bool:
         except OSError:
             return False
     return True
+
+
+def guest_kernel() -> pathlib.Path:
+    """The folder of the guest's kernel; NBDSERVE_KERNEL names another than the default one."""
+    return KERNELS / os.environ.get("NBDSERVE_KERNEL", "default")
 
 
 def run(*command: PathLike, check: bool = True, timeout: float = 120, stdin: str | None = None

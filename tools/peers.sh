@@ -23,6 +23,17 @@ fio             fio
 strace          strace
 losetup         mount
 "
+# With the argument "kernel" those of tests/kernel too. guest-kernel is a Debian kernel, fetched by a
+# tool of its own and not installed.
+[ "${1:-}" != kernel ] || PEERS="$PEERS
+qemu-system-x86_64  qemu-system-x86
+busybox         busybox-static
+mkfs.xfs        xfsprogs
+mke2fs          e2fsprogs
+debugfs         e2fsprogs
+setpriv         util-linux
+guest-kernel    -
+"
 
 # nbd-client is in /usr/sbin, which is not on every user's PATH.
 PATH="$PATH:/usr/sbin:/sbin"
@@ -31,6 +42,7 @@ present() {
     case "$1" in
         # A module of Debian's own Python, invisible to a virtual environment.
         python3-libnbd) /usr/bin/python3 -I -c 'import nbd' 2>/dev/null ;;
+        guest-kernel) [ -e build/kernel/default/vmlinuz ] ;;
         *) command -v "$1" >/dev/null ;;
     esac
 }
@@ -45,8 +57,13 @@ missing() {  # prints "peer package" lines
 lacking=$(missing)
 [ -n "$lacking" ] || exit 0
 
+packages() {  # of the lines on stdin
+    cut -d' ' -f2 | grep -vx -e - | sort -u
+}
+
 # shellcheck disable=SC2046  # package names are words
-apt_install $(cut -d' ' -f2 <<<"$lacking" | sort -u) || true
+apt_install $(packages <<<"$lacking") || true
+! grep -q guest-kernel <<<"$lacking" || tools/guest-kernel.sh >/dev/null || true
 
 lacking=$(missing)
 [ -n "$lacking" ] || exit 0
@@ -54,11 +71,12 @@ lacking=$(missing)
 {
     echo "*** Missing programs that tests and benchmarks use, and not installed:"
     while read -r peer package; do
+        [ "$package" != - ] || package='fetched by tools/guest-kernel.sh'
         files=$(grep -rlE --include='test_*.py' "mark\.peer\([^)]*\"$peer\"" tests | sort | tr '\n' ' ')
         echo "***   $peer (Debian: $package); skips tests in: ${files:-no file}"
     done <<<"$lacking"
     # shellcheck disable=SC2046
-    echo "*** To have them: sudo apt-get install" $(cut -d' ' -f2 <<<"$lacking" | sort -u)
+    echo "*** To have them: sudo apt-get install" $(packages <<<"$lacking")
 } >&2
 
 if [ "${CI:-}" = true ]; then
