@@ -61,7 +61,7 @@ types: $(VENV)/.has-dev
 coverage: $(VENV)/.has-test  ## run the tests and say which lines and branches they missed
 	@tools/peers.sh
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest --ignore=tests/kernel $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
