@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Run a function that blocks in a thread; see ThreadsEngine.run."""
 
     def reap(self) -> bool:
-        """Call the completions that are at hand; whether there were any."""
+        """Call completions that are at hand, not always all; whether there were any."""
 
     def attach(self) -> None:
         """From now on somebody else calls `reap`."""

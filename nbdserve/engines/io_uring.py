@@ -33,7 +33,7 @@ import struct
 
 import trio
 
-from nbdserve.engines.kernel_queue import FSYNC, READ, WRITE, WRITEV, KernelQueue, Request
+from nbdserve.engines.kernel_queue import FSYNC, GROUP, READ, WRITE, WRITEV, KernelQueue, Request
 
 __all__ = ["IoUringEngine"]
 
@@ -147,6 +147,9 @@ class IoUringEngine(KernelQueue):
         count = tail - self._head & _WRAP
         if not count:
             return []
+        if count > GROUP:
+            tail = tail - (count - GROUP) & _WRAP  # from the tail that was read, here too
+            count = GROUP
         found = []
         ring, mask, first = self._ring, self._cq_mask, self._cqes
         for index in range(tail - count, tail):  # from `tail`: see above

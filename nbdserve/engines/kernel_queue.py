@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from nbdserve.engines.engine import Buffer, Done
 
-__all__ = ["FSYNC", "READ", "WRITE", "WRITEV", "KernelQueue", "Request"]
+__all__ = ["FSYNC", "GROUP", "READ", "WRITE", "WRITEV", "KernelQueue", "Request"]
 
 T = TypeVar("T")
 
@@ -43,6 +43,12 @@ READ, WRITE, WRITEV, FSYNC = range(4)
 
 # The kernel may take these back, and means: ask again.
 _AGAIN = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY})
+
+
+# How many requests are handed over together, and how many completions are answered together. All
+# of a batch would cost the least, but then the disk waits while we prepare, and the client while we
+# answer: with 4 KiB reads past the page cache, 32 deep, that cost a sixth.
+GROUP = 8
 
 
 class Request:
@@ -157,7 +163,7 @@ class KernelQueue(ABC):
         self._enqueue(request)
         self._jobs += 1
         self._in_flight += 1
-        if not self._plugged:
+        if not self._plugged or len(self._prepared) >= GROUP:
             self._kick()
 
     def _enqueue(self, request: Request) -> None:
@@ -257,7 +263,8 @@ class KernelQueue(ABC):
             with trio.CancelScope() as self._waiting, suppress(trio.ClosedResourceError):
                 if self._closed or not self._detached.is_set():
                     continue
-                self.reap()
+                while self.reap():  # it leaves some if there are many
+                    pass
                 await trio.lowlevel.wait_readable(self.eventfd)
                 if self._closed:  # after the eventfd woke us: its number may be another file's
                     return

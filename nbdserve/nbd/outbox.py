@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from nbdserve.block.node import Buffer
 
@@ -46,8 +46,19 @@ class Outbox:
         if sent != len(buffer):
             self._kept.append(buffer[sent:])
 
-    def send_all(self, buffers: Iterable[Buffer]) -> None:
+    def send_all(self, buffers: Sequence[Buffer]) -> None:
         """Send several buffers, one after the other."""
+        if not self._kept and len(buffers) <= MAX_IOV:
+            # What the kernel takes at once, which is nearly always all, needs no views.
+            try:
+                sent = self._sock.sendmsg(buffers)
+            except BlockingIOError:
+                sent = 0
+            if sent == sum(map(len, buffers)):
+                return
+            self._kept.extend(memoryview(buffer) for buffer in buffers if buffer)
+            self._took(sent)
+            return
         waiting = bool(self._kept)
         self._kept.extend(memoryview(buffer) for buffer in buffers if buffer)
         if not waiting:
@@ -62,12 +73,20 @@ class Outbox:
                 sent = self._sock.sendmsg(buffers)
             except BlockingIOError:
                 return
-            for buffer in buffers:
-                if sent < len(buffer):
-                    kept[0] = buffer[sent:]
-                    return
-                sent -= len(buffer)
-                kept.popleft()
+            if not self._took(sent):
+                return
+
+    def _took(self, sent: int) -> bool:
+        """So many bytes of what is kept are gone; False: it ended within a buffer."""
+        kept = self._kept
+        while sent:
+            length = len(kept[0])
+            if sent < length:
+                kept[0] = kept[0][sent:]
+                return False
+            sent -= length
+            kept.popleft()
+        return True
 
     def drop(self) -> None:
         """The socket is dead: forget what it was to take."""

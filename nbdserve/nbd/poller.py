@@ -216,7 +216,18 @@ class Poller:
             await trio.lowlevel.checkpoint()
             self._yield_at = perf_counter() + SLICE
 
+    def _has_news(self) -> bool:
+        """Whether there is something to do after all.
+
+        Completions that were reaped have left their mark on the epoll, and it would wake us at
+        once for nothing, which costs 15 us. Asking it takes the mark off.
+        """
+        ready = [fd for fd, _ in self._epoll.poll(0)]
+        return self._reap() or any(fd in self._handlers for fd in ready)
+
     async def _sleep(self) -> None:
+        if self._completions and self._has_news():
+            return
         await trio.lowlevel.wait_readable(self._epoll.fileno())
         self._yield_at = perf_counter() + SLICE
 

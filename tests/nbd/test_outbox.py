@@ -86,10 +86,21 @@ def test_the_errors_of_a_dead_socket_are_raised():
         for send in (
             lambda: outbox.send(memoryview(b"x")),
             lambda: outbox.send_all([b"x"]),
-            outbox.resume,
         ):
             with pytest.raises(BrokenPipeError):
                 send()
+
+
+def test_what_was_kept_for_a_socket_that_died_raises_too():
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours:
+        outbox = Outbox(ours)
+        outbox.send_all([bytes(1 << 20)] * 8)
+        assert outbox.pending
+        theirs.close()
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            outbox.resume()
         outbox.drop()
         assert not outbox.pending
         outbox.resume()
