@@ -14,8 +14,8 @@ import trio.testing
 from nbdserve.engines import io_uring, kernel_queue, start
 from nbdserve.engines.engine import completion
 from nbdserve.engines.io_uring import IoUringEngine
-from nbdserve.engines.linux_aio import LinuxAioEngine
 from nbdserve.engines.kernel_queue import GROUP
+from nbdserve.engines.linux_aio import LinuxAioEngine
 from nbdserve.engines.start import Engines, start_engine
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.errors import ConfigError
