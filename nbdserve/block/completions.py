@@ -29,7 +29,8 @@ class Completions(Protocol):
         """Hand over all that the body submits together, at its end; plugs do not nest."""
 
     def reap(self) -> bool:
-        """Call completions that are at hand, not always all; whether there were any. May not raise."""
+        """Call completions that are at hand, not always all; whether there were any. It may not
+        raise."""
 
     def attach(self) -> None:
         """From now on the caller calls `reap`."""
