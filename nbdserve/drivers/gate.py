@@ -73,6 +73,16 @@ class WriteGate:
             raise
         return token
 
+    def enter_nowait(self, start: int, end: int) -> int | None:
+        """Enter with a write of whole blocks if nobody can be in its way, as nearly always; the
+        token, or None."""
+        if self._serialising:
+            return None
+        token = self._next
+        self._next = token + 1
+        self._entries[token] = (start, end, False)
+        return token
+
     def leave(self, token: int) -> None:
         """The write is done, or failed, or its turn is no longer waited for."""
         self._serialising -= self._entries.pop(token)[2]

@@ -74,3 +74,19 @@ def test_a_start_that_fails_leaves_nothing(gate):
     with pytest.raises(OSError, match="no"):
         gate.enter(0, 10, fail, serialising=True)
     assert gate.statistics() == (0, 0)
+
+
+def test_entering_at_once_is_for_those_who_meet_nobody_serialising():
+    gate, went = WriteGate(), []
+    first = gate.enter_nowait(0, 512)
+    assert first is not None
+    waiting = gate.enter(0, 100, lambda: went.append("part"), serialising=True)
+    assert went == []
+    assert gate.enter_nowait(4096, 8192) is None
+    gate.leave(first)
+    assert went == ["part"]
+    gate.leave(waiting)
+    last = gate.enter_nowait(4096, 8192)
+    assert gate.statistics() == (1, 0)
+    gate.leave(last)
+    assert gate.statistics() == (0, 0)
