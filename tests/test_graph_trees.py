@@ -554,6 +554,9 @@ async def test_node_names(overlay, image):
             assert (names[""], names["backing"]) == ("top", "base")
             assert all(names[role].startswith("#block") for role in ("file", "backing.file"))
             assert len(set(names.values())) == 4
+            counters = backend.statistics()["nodes"]
+            assert counters["root"]["node_name"] == "top"
+            assert counters["root.backing"]["node_name"] == "base"
             message = await refusal(f"{QCOW2},node-name=base", shared=shared)
             assert message == "node-name: 'base' is given to two nodes"
         async with open_backend(tree(f"{QCOW2},node-name=base"), shared):

@@ -421,12 +421,15 @@ async def test_statistics_walk_the_tree(make):
     file, backing = FakeLeaf(), FakeLeaf()
     file.statistics = lambda: {"which": "file"}
     file.driver = "file"
+    file.node_name = "disk0"
     backend = make(FakeNode(SIZE, file=file, backing=backing))
     assert backend.statistics()["nodes"] == {
-        "root": {"driver": "", "filename": "fake"},
-        "root.file": {"driver": "file", "filename": "fake", "which": "file"},
-        "root.backing": {"driver": "", "filename": "fake"},
-    }
+        "root": {"node_name": "", "driver": "", "filename": "fake"},
+        "root.file": {
+            "node_name": "disk0", "driver": "file", "filename": "fake", "which": "file"
+        },
+        "root.backing": {"node_name": "", "driver": "", "filename": "fake"},
+    }  # fmt: skip
 
 
 async def test_statistics_are_those_of_all_accounts(make):
