@@ -8,17 +8,15 @@ nodes are made from the leaves up.
 
 Images are untrusted, and so is what a header says of a backing file, which may be a whole tree
 (``json:``). The name of a data file is a plain path, relative to the working directory, which is
-neither probed nor taken for a protocol's; that is QEMU's reading too. A path from the root that
-comes back to a file it already holds is refused: such an image would never finish opening, or never
-finish reading. So are too long a path and too large a tree.
+neither probed nor taken for a protocol's; that is QEMU's reading too. How long a path may be, and
+that it does not come back to where it was, is place.py's; the number of nodes is bounded here.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import os
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
@@ -33,7 +31,6 @@ from nbdserve.blockdev import (
 )
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
-from nbdserve.drivers.locks import PERMISSIONS, Permission, Role
 from nbdserve.drivers.open import open_file
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.filters.throttle import ThrottleNode
@@ -42,6 +39,7 @@ from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_
 from nbdserve.formats.raw import RawNode
 from nbdserve.imageopts import shown
 from nbdserve.inherit import ChildRole, child_settings
+from nbdserve.place import Place, Use
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.inherit import Effective
 
-__all__ = ["MAX_CHAIN", "MAX_NODES", "NodeNames", "Opener"]
+__all__ = ["MAX_NODES", "NodeNames", "Opener"]
 
 N = TypeVar("N", bound="Node")
 Parent = ProbedOptions | Qcow2Options | RawOptions | ThrottleOptions
@@ -62,32 +60,8 @@ PARENTS = (ProbedOptions, Qcow2Options, RawOptions, ThrottleOptions)
 
 log = logging.getLogger("nbdserve.graph")
 
-# QEMU has no limit and fails on its stack at some thousands.
-MAX_CHAIN = 200
-
 # A chain has two to an image; a header may name a tree that branches.
 MAX_NODES = 1024
-
-
-class Use(enum.Enum):
-    """What the nearest format below which a file is, or who reads a tree without one, does."""
-
-    EXPORT = enum.auto()
-    BACKING = enum.auto()
-    FORMAT = enum.auto()
-    DATA = enum.auto()
-
-
-ROLES: dict[tuple[Use, bool], Role] = {
-    (Use.EXPORT, False): Role.RAW_RW,
-    (Use.EXPORT, True): Role.RAW_RO,
-    (Use.BACKING, True): Role.RAW_BACKING,
-    (Use.FORMAT, False): Role.FORMAT_RW,
-    (Use.FORMAT, True): Role.FORMAT_RO,
-    (Use.DATA, False): Role.DATA_FILE_RW,
-    (Use.DATA, True): Role.DATA_FILE_RO,
-}
-"""(use, whether it only reads) -> the role that decides the file's lock."""
 
 
 class NodeNames:
@@ -110,45 +84,6 @@ class NodeNames:
     def give_back(self, name: str) -> None:
         """The node is closed."""
         self._taken.discard(name)
-
-
-class Place(NamedTuple):
-    """Where in the tree a node is, and for whom.
-
-    path: what stands before its options' names; use, only_reads: of its data by who uses it;
-    above: the files on the way to the root; depth: the nodes on it.
-    """
-
-    path: str
-    use: Use
-    only_reads: bool
-    above: tuple[FileNode, ...] = ()
-    depth: int = 0
-
-    def file(self, use: Use, settings: Effective) -> Place:
-        """The place of a node's file."""
-        return self._replace(
-            path=f"{self.path}file.",
-            use=use,
-            only_reads=settings.read_only,
-            depth=self.depth + 1,
-        )
-
-    def data_file(self, file: FileNode, settings: Effective) -> Place:
-        """The place of the data file of an image whose metadata is in `file`."""
-        return Place(
-            f"{self.path}data-file.",
-            Use.DATA,
-            settings.read_only,
-            (*self.above, file),
-            self.depth + 1,
-        )
-
-    def backing(self, file: FileNode) -> Place:
-        """The place of the backing file of an image whose own data is in `file`."""
-        return Place(
-            f"{self.path}backing.", Use.BACKING, True, (*self.above, file), self.depth + 1
-        )
 
 
 class Opener:
@@ -189,11 +124,10 @@ class Opener:
     async def _open(self, options: NodeOptions, settings: Effective, place: Place) -> Node:
         if isinstance(options, FileOptions):
             file = self._open_file(options, settings, place)
-            _lock(file, options, settings, place)
+            place.lock(file, options, settings)
             return file
         filename = _leaf_name(options)
-        if place.depth > MAX_CHAIN:
-            raise ImageError(f"{filename}: the backing chain is longer than {MAX_CHAIN} images")
+        place.check_depth(filename)
         if place.depth and settings.discard == "ignore":
             raise ConfigError(f"{place.path}discard=ignore: only for the uppermost node and files")
         try:
@@ -219,11 +153,7 @@ class Opener:
         if options.driver is not None and file.is_device != (options.driver == "host_device"):
             what = "a block device" if file.is_device else "a regular file"
             raise ImageError(f"{options.filename}: the driver {options.driver} is not for {what}")
-        for above in place.above:
-            if os.path.sameopenfile(above.fd, file.fd):
-                if place.use is Use.DATA:
-                    raise ImageError(f"{file.filename}: holds an image of this chain already")
-                raise ImageError(f"{file.filename}: the backing chain is a loop")
+        place.check_is_new(file)
         return file
 
     async def _open_probed(
@@ -247,7 +177,7 @@ class Opener:
         if probed is None:
             return await self._open(options.file, below, place)
         assert isinstance(options.file, FileOptions)
-        _lock(probed, options.file, below, place)
+        place.lock(probed, options.file, below)
         return probed
 
     # --- drivers -------------------------------------------------------------------------------
@@ -431,11 +361,3 @@ def _is_disk(node: Node) -> bool:
     while isinstance(node, ThrottleNode):
         node = node.children["file"]
     return isinstance(node, Qcow2Node)
-
-
-def _lock(file: FileNode, options: FileOptions, settings: Effective, place: Place) -> None:
-    """Take the lock that the use of a file calls for. Raises LockedError, ImageError."""
-    if options.locking == "off":
-        return
-    permissions, shared = PERMISSIONS[ROLES[place.use, place.only_reads]]
-    file.lock(permissions, Permission.ALL if settings.force_share else shared)

@@ -22,7 +22,7 @@ from nbdserve.config import (
 )
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
-from nbdserve.drivers.locks import Permission
+from nbdserve.drivers.locks import PERMISSIONS, Permission, Role
 from nbdserve.errors import ConfigError, ImageError, LockedError
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.qcow2.create import create_image
@@ -30,6 +30,7 @@ from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.raw import RawNode
 from nbdserve.graph import open_backend, shared_by_drives
 from nbdserve.imageopts import parse_image_opts
+from nbdserve.place import MAX_CHAIN
 
 MIB = 1 << 20
 
@@ -527,7 +528,7 @@ async def test_the_nearest_format_says_what_is_locked(image, monkeypatch, text, 
     monkeypatch.setattr(FileNode, "lock", lambda self, *permissions: locks.append(permissions))
     async with open_backend(tree(text)):
         pass
-    assert locks == [opener.PERMISSIONS[opener.Role[role]]]
+    assert locks == [PERMISSIONS[Role[role]]]
 
 
 async def test_force_share_locks(overlay, monkeypatch):
@@ -726,7 +727,7 @@ async def test_names_can_make_a_path_only_so_long(raw, tmp_path):
     with no_descriptor_left(), pytest.raises(ImageError) as caught:
         async with open_backend(ImageConfig("9")):
             pytest.fail("it was opened")
-    message = f"1: backing file 0: the backing chain is longer than {opener.MAX_CHAIN} images"
+    message = f"1: backing file 0: the backing chain is longer than {MAX_CHAIN} images"
     assert str(caught.value) == message
 
 

@@ -18,8 +18,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "nbdserve"
 
 # What a layer may import from the project, lowest first.  The package itself (nbdserve, for its
-# version) is open to all.  drivers/ is absent from all rows but opener's and graph's: they alone
-# know every driver.  cli/ may use formats/ for what opens no tree: making an image.
+# version) is open to all.  drivers/ is absent from all rows but place's, opener's and graph's: the
+# latter two alone know every driver.  cli/ may use formats/ for what opens no tree: making an
+# image.
 NODE_OPTIONS = {"imageopts", "blockdev", "inherit"}
 BLOCK_STACK = {"errors", "config", "block"}
 MAY_IMPORT = {
@@ -37,7 +38,8 @@ MAY_IMPORT = {
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
-    "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters"},
+    "place": NODE_OPTIONS | {"errors", "drivers"},
+    "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "place"},
     "graph": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "opener"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics"},
     "cli": BLOCK_STACK | NODE_OPTIONS | {"units", "listeners", "formats", "graph", "server"},
