@@ -26,7 +26,7 @@ from nbdserve.blockdev import (
     Qcow2Options,
     RawOptions,
     ThrottleOptions,
-    image_tree,
+    named_tree,
     parse_node,
 )
 from nbdserve.drivers.direct import DirectFileNode
@@ -37,7 +37,7 @@ from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
-from nbdserve.imageopts import shown
+from nbdserve.imageopts import options_of_name, shown
 from nbdserve.inherit import ChildRole, child_settings
 from nbdserve.place import Place, Use
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.inherit import Effective
+    from nbdserve.references import References
 
 __all__ = ["MAX_NODES", "NodeNames", "Opener"]
 
@@ -89,13 +90,21 @@ class NodeNames:
 class Opener:
     """Opens nodes and remembers them in order, so that they can be closed in reverse."""
 
-    def __init__(self, engines: Engines, groups: ThrottleGroups, names: NodeNames) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        groups: ThrottleGroups,
+        names: NodeNames,
+        references: References,
+    ) -> None:
+        """`references`: what images may name."""
         self.epochs = Epochs()
         self.buffers = BufferPool()
         self.opened: list[Node] = []
         self._engines = engines
         self._groups = groups
         self._names = names
+        self._references = references
         self._engine_of: dict[Node, Engine] = {}
         self._overlay_named = False
 
@@ -249,11 +258,14 @@ class Opener:
         place = place.data_file(file, settings)
         if given is not None and not header.has_data_file:
             raise ConfigError(f"{place.path[:-1]}: {file.filename} keeps its data itself")
-        if given is None:
-            if not header.has_data_file or header.data_file is None:
-                return None  # if one is missing, open_qcow2 says so
-            given = FileOptions(filename=header.data_file)
+        named = header.data_file if header.has_data_file else None
+        if given is None and named is None:
+            return None  # if one is missing, open_qcow2 says so
         try:
+            if given is None:
+                assert named is not None
+                self._references.check({"filename": named})
+                given = FileOptions(filename=named)
             below = child_settings(given, settings, ChildRole.FILE, place.path)
             node = await self._open(given, below, place)
         except ImageError as error:
@@ -285,9 +297,9 @@ class Opener:
                 tree = parse_node(found, place.path)
             else:
                 directory = os.path.dirname(file.filename)
-                tree = image_tree(
-                    name, image_format, directory=directory, given=given, path=place.path
-                )
+                found = options_of_name(name, directory)
+                self._references.check(found)
+                tree = named_tree(name, found, image_format, given=given, path=place.path)
             below = child_settings(tree, settings, ChildRole.BACKING, place.path)
             return await self._open(tree, below, place)
         except NbdserveError as error:

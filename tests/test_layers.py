@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "imageopts": {"errors"},
     "blockdev": {"errors", "units", "imageopts"},
     "inherit": {"errors", "blockdev"},
-    "config": {"errors"} | NODE_OPTIONS,
+    "references": {"errors", "imageopts"},
+    "config": {"errors", "references"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
     "block": {"errors"},
@@ -39,10 +40,13 @@ MAY_IMPORT = {
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
     "place": NODE_OPTIONS | {"errors", "drivers"},
-    "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "place"},
+    "opener": BLOCK_STACK | NODE_OPTIONS
+    | {"engines", "drivers", "formats", "filters", "place", "references"},
     "graph": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "opener"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics"},
-    "cli": BLOCK_STACK | NODE_OPTIONS | {"units", "listeners", "formats", "graph", "server"},
+    "cli": BLOCK_STACK
+    | NODE_OPTIONS
+    | {"units", "references", "listeners", "formats", "graph", "server"},
     "__main__": {"cli"},
 }
 

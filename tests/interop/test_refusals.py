@@ -55,6 +55,7 @@ def refuse(image, socket_path, *options, command="serve"):
     (["--detect-zeroes=maybe"], "--detect-zeroes"),
     (["-f", "vmdk"], "vmdk"),
     (["-f", ""], "format"),
+    (["--image-refs=some"], "--image-refs: 'some' is neither any nor none nor a folder"),
     (["-o", "4M1"], "--offset"),
     (["-o", "-1"], "--offset"),
     (["-o", "5M"], "--offset"),
@@ -165,6 +166,26 @@ def test_a_file_that_may_only_be_read(image, socket_path):
         pytest.skip("root may write every file")
     image.chmod(0o400)
     assert "Permission denied" in refuse(image, socket_path)
+
+
+@pytest.mark.parametrize("command", ["serve", "qemu-nbd"])
+@pytest.mark.parametrize("kind", ["backing file", "data file"])
+@pytest.mark.peer("qemu-img")
+def test_a_file_that_an_image_may_not_name(tmp_path, socket_path, command, kind):
+    secret, image, elsewhere = (tmp_path / name for name in ("secret", "top.qcow2", "elsewhere"))
+    secret.write_bytes(bytes(MIB))
+    elsewhere.mkdir()
+    options = {
+        "backing file": ("-F", "raw", "-b", secret),
+        "data file": ("-o", f"data_file={secret}"),
+    }
+    peers.qemu_img("create", "-q", "-f", "qcow2", *options[kind], image, "1M")
+    for allowed, says in (("none", "images may name no other"), (elsewhere, f"not in {elsewhere}")):
+        line = refuse(image, socket_path, f"--image-refs={allowed}", command=command)
+        assert f"{image}: {kind} {secret}: " in line
+        assert says in line
+    with peers.served(image, f"--image-refs={tmp_path}"):
+        pass
 
 
 # --- locks ----------------------------------------------------------------------------------------
