@@ -20,6 +20,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import trio
+
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
 from nbdserve.blockdev import (
@@ -33,9 +35,9 @@ from nbdserve.blockdev import (
 )
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
-from nbdserve.drivers.locks import PERMISSIONS, Permission, Role
+from nbdserve.drivers.locks import PERMISSIONS, Permission, Role, is_being_rescued
 from nbdserve.drivers.open import open_file
-from nbdserve.errors import ConfigError, ImageError, NbdserveError
+from nbdserve.errors import ConfigError, ImageError, LockedError, NbdserveError
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
@@ -47,11 +49,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from nbdserve.block.node import Node
+    from nbdserve.block.redo import RedoLog
     from nbdserve.blockdev import NodeOptions
     from nbdserve.engines.engine import Engine
     from nbdserve.engines.start import Engines
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
+    from nbdserve.guardian import Guardian, Ward
     from nbdserve.inherit import Effective
 
 __all__ = ["MAX_CHAIN", "MAX_NODES", "NodeNames", "Opener"]
@@ -64,6 +68,10 @@ log = logging.getLogger("nbdserve.graph")
 
 # QEMU has no limit and fails on its stack at some thousands.
 MAX_CHAIN = 200
+
+# Seconds to wait for a lock, and for one that the guardian of a dead server holds.
+PATIENCE = 0.2
+RESCUE_PATIENCE = 30
 
 # A chain has two to an image; a header may name a tree that branches.
 MAX_NODES = 1024
@@ -154,13 +162,21 @@ class Place(NamedTuple):
 class Opener:
     """Opens nodes and remembers them in order, so that they can be closed in reverse."""
 
-    def __init__(self, engines: Engines, groups: ThrottleGroups, names: NodeNames) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        groups: ThrottleGroups,
+        names: NodeNames,
+        guardian: Guardian | None = None,
+    ) -> None:
         self.epochs = Epochs()
         self.buffers = BufferPool()
         self.opened: list[Node] = []
         self._engines = engines
         self._groups = groups
         self._names = names
+        self._guardian = guardian
+        self._wards: list[Ward] = []
         self._engine_of: dict[Node, Engine] = {}
         self._overlay_named = False
 
@@ -189,7 +205,7 @@ class Opener:
     async def _open(self, options: NodeOptions, settings: Effective, place: Place) -> Node:
         if isinstance(options, FileOptions):
             file = self._open_file(options, settings, place)
-            _lock(file, options, settings, place)
+            await _lock(file, options, settings, place)
             return file
         filename = _leaf_name(options)
         if place.depth > MAX_CHAIN:
@@ -247,7 +263,7 @@ class Opener:
         if probed is None:
             return await self._open(options.file, below, place)
         assert isinstance(options.file, FileOptions)
-        _lock(probed, options.file, below, place)
+        await _lock(probed, options.file, below, place)
         return probed
 
     # --- drivers -------------------------------------------------------------------------------
@@ -287,6 +303,7 @@ class Opener:
         data_file = await self._open_data_file(options, header, settings, place, _leaf(file))
         backing = await self._open_backing(options, header, settings, place, _leaf(file))
         defaults = CacheSizes()
+        log = None if settings.read_only else self._watch(file, data_file, settings)
         node = await open_qcow2(
             file,
             backing,
@@ -303,8 +320,30 @@ class Opener:
                 if options.refcount_cache_size is None
                 else options.refcount_cache_size,
             ),
+            log=log,
         )
         return self._add(node, options, settings)
+
+    def _watch(self, file: Node, data_file: Node | None, settings: Effective) -> RedoLog | None:
+        """Have the guardian take care of an image; None without one, or if the image is in the
+        disk of another image, which no guardian could write to."""
+        offset, node = 0, file
+        while not isinstance(node, FileNode):
+            if isinstance(node, RawNode):
+                offset += node.offset
+            node = node.children["file"]
+            if isinstance(node, Qcow2Node):
+                return None
+        if self._guardian is None:
+            return None
+        ward = self._guardian.watch(
+            node,
+            None if data_file is None else _leaf(data_file),
+            offset=offset,
+            no_flush=settings.no_flush,
+        )
+        self._wards.append(ward)
+        return ward.log
 
     async def _open_data_file(
         self,
@@ -396,6 +435,8 @@ class Opener:
             except Exception as error:  # a bug in one node shall not leave the others open
                 first_error = first_error or error
             self._names.give_back(node.node_name)
+        while self._wards:
+            self._wards.pop().close()
         self._engine_of.clear()
         if first_error is not None:
             raise first_error
@@ -433,9 +474,20 @@ def _is_disk(node: Node) -> bool:
     return isinstance(node, Qcow2Node)
 
 
-def _lock(file: FileNode, options: FileOptions, settings: Effective, place: Place) -> None:
-    """Take the lock that the use of a file calls for. Raises LockedError, ImageError."""
+async def _lock(file: FileNode, options: FileOptions, settings: Effective, place: Place) -> None:
+    """Take the lock that the use of a file calls for. Raises LockedError, ImageError.
+
+    A server that was killed may still have I/O in flight, and a guardian work to do.
+    """
     if options.locking == "off":
         return
     permissions, shared = PERMISSIONS[ROLES[place.use, place.only_reads]]
-    file.lock(permissions, Permission.ALL if settings.force_share else shared)
+    started = trio.current_time()
+    while True:
+        try:
+            return file.lock(permissions, Permission.ALL if settings.force_share else shared)
+        except LockedError:
+            patience = RESCUE_PATIENCE if is_being_rescued(file.fd) else PATIENCE
+            if trio.current_time() - started > patience:
+                raise
+        await trio.sleep(PATIENCE / 20)
