@@ -129,7 +129,9 @@ def log_lost(error: OSError) -> None:
 def guardian(*, keep_stderr: bool = True) -> Iterator[Guardian | None]:
     """A guardian for this process, for the body. To be called with one thread and nothing open.
 
-    `keep_stderr`: what goes wrong is said there; a daemon's has to let go of it. None if it cannot be started, which is logged. A body that is left in order has closed its
+    `keep_stderr`: what goes wrong is said there; a daemon's has to let go of it.
+
+    None if it cannot be started, which is logged. A body that is left in order has closed its
     images, and the guardian is gone afterwards.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

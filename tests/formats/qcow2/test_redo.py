@@ -103,7 +103,7 @@ async def record(program, content, backing, sizes, patience, seed, deaths=DEATHS
     try:
         async with open_memory(
             file, backing=below, cache_sizes=sizes, log=log, settle=True
-        ) as (backend, node):
+        ) as (backend, _):
             for batch in program:
                 effects = [
                     effect for request in batch if (effect := disk.effect(request)) is not None
@@ -274,7 +274,7 @@ async def test_a_log_that_gets_low_is_made_room_in(tmp_path, monkeypatch):
     file = MemoryFile(new_image(tmp_path, size, cluster_size=CLUSTER))
     log = RedoLog()
     most = 0
-    async with open_memory(file, log=log) as (backend, node):
+    async with open_memory(file, log=log) as (backend, _):
         for at in range(0, size, 4096):
             await backend.write(at, pattern(1, 4096))
             most = max(most, len(log))
@@ -369,26 +369,30 @@ def unchecked_drop(monkeypatch):
 def test_a_planted_bug_is_found(bug, monkeypatch):
     """Within 60 programs."""
     bug(monkeypatch)
-    chooser = random.Random(11)
     with pytest.raises(AssertionError):
-        for seed in range(60):
-            program = [
-                [
-                    Request(
-                        chooser.choice(("write", "write", "write", "discard", "flush")),
-                        chooser.randrange(150) * CLUSTER,
-                        chooser.choice((60, CLUSTER, 3 * CLUSTER)),
-                        number,
-                        quick=chooser.random() < 0.5,
-                    )
-                    for _ in range(chooser.randint(1, 3))
-                ]
-                for number in range(12)
+        many_programs(60)
+
+
+def many_programs(nb_programs):
+    chooser = random.Random(11)
+    for seed in range(nb_programs):
+        program = [
+            [
+                Request(
+                    chooser.choice(("write", "write", "write", "discard", "flush")),
+                    chooser.randrange(150) * CLUSTER,
+                    chooser.choice((60, CLUSTER, 3 * CLUSTER)),
+                    number,
+                    quick=chooser.random() < 0.5,
+                )
+                for _ in range(chooser.randint(1, 3))
             ]
-            file, deaths = trio.run(record, program, empty(16), b"", None, 2, seed, 40)
-            for death in deaths:
-                after = rescued(death)
-                assert_nothing_is_lost(death, after.content, b"")
-                for _ in range(4):
-                    image = power_cut(empty(16), file, death, after, chooser)
-                    assert_sound(image, leaks_allowed=True)
+            for number in range(12)
+        ]
+        file, deaths = trio.run(record, program, empty(16), b"", None, 2, seed, 40)
+        for death in deaths:
+            after = rescued(death)
+            assert_nothing_is_lost(death, after.content, b"")
+            for _ in range(4):
+                image = power_cut(empty(16), file, death, after, chooser)
+                assert_sound(image, leaks_allowed=True)
