@@ -45,11 +45,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from nbdserve.block.node import Node
+    from nbdserve.block.redo import RedoLog
     from nbdserve.blockdev import NodeOptions
     from nbdserve.engines.engine import Engine
     from nbdserve.engines.start import Engines
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
+    from nbdserve.guardian import Guardian, Ward
     from nbdserve.inherit import Effective
     from nbdserve.references import References
 
@@ -96,6 +98,7 @@ class Opener:
         groups: ThrottleGroups,
         names: NodeNames,
         references: References,
+        guardian: Guardian | None = None,
     ) -> None:
         """`references`: what images may name."""
         self.epochs = Epochs()
@@ -105,6 +108,8 @@ class Opener:
         self._groups = groups
         self._names = names
         self._references = references
+        self._guardian = guardian
+        self._wards: list[Ward] = []
         self._engine_of: dict[Node, Engine] = {}
         self._overlay_named = False
 
@@ -133,7 +138,7 @@ class Opener:
     async def _open(self, options: NodeOptions, settings: Effective, place: Place) -> Node:
         if isinstance(options, FileOptions):
             file = self._open_file(options, settings, place)
-            place.lock(file, options, settings)
+            await place.lock(file, options, settings)
             return file
         filename = _leaf_name(options)
         place.check_depth(filename)
@@ -186,7 +191,7 @@ class Opener:
         if probed is None:
             return await self._open(options.file, below, place)
         assert isinstance(options.file, FileOptions)
-        place.lock(probed, options.file, below)
+        await place.lock(probed, options.file, below)
         return probed
 
     # --- drivers -------------------------------------------------------------------------------
@@ -226,6 +231,7 @@ class Opener:
         data_file = await self._open_data_file(options, header, settings, place, _leaf(file))
         backing = await self._open_backing(options, header, settings, place, _leaf(file))
         defaults = CacheSizes()
+        log = None if settings.read_only else self._watch(file, data_file, settings)
         node = await open_qcow2(
             file,
             backing,
@@ -242,8 +248,30 @@ class Opener:
                 if options.refcount_cache_size is None
                 else options.refcount_cache_size,
             ),
+            log=log,
         )
         return self._add(node, options, settings)
+
+    def _watch(self, file: Node, data_file: Node | None, settings: Effective) -> RedoLog | None:
+        """Have the guardian take care of an image; None without one, or if the image is in the
+        disk of another image, which no guardian could write to."""
+        offset, node = 0, file
+        while not isinstance(node, FileNode):
+            if isinstance(node, RawNode):
+                offset += node.offset
+            node = node.children["file"]
+            if isinstance(node, Qcow2Node):
+                return None
+        if self._guardian is None:
+            return None
+        ward = self._guardian.watch(
+            node,
+            None if data_file is None else _leaf(data_file),
+            offset=offset,
+            no_flush=settings.no_flush,
+        )
+        self._wards.append(ward)
+        return ward.log
 
     async def _open_data_file(
         self,
@@ -338,6 +366,8 @@ class Opener:
             except Exception as error:  # a bug in one node shall not leave the others open
                 first_error = first_error or error
             self._names.give_back(node.node_name)
+        while self._wards:
+            self._wards.pop().close()
         self._engine_of.clear()
         if first_error is not None:
             raise first_error

@@ -13,8 +13,10 @@ import enum
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from nbdserve.drivers.locks import PERMISSIONS, Permission, Role
-from nbdserve.errors import ImageError
+import trio
+
+from nbdserve.drivers.locks import PERMISSIONS, Permission, Role, is_being_rescued
+from nbdserve.errors import ImageError, LockedError
 
 if TYPE_CHECKING:
     from nbdserve.blockdev import FileOptions
@@ -25,6 +27,10 @@ __all__ = ["MAX_CHAIN", "Place", "Use"]
 
 # QEMU has no limit and fails on its stack at some thousands.
 MAX_CHAIN = 200
+
+# Seconds to wait for a lock, and for one that the guardian of a dead server holds.
+PATIENCE = 0.2
+RESCUE_PATIENCE = 30
 
 
 class Use(enum.Enum):
@@ -101,9 +107,20 @@ class Place(NamedTuple):
                     raise ImageError(f"{file.filename}: holds an image of this chain already")
                 raise ImageError(f"{file.filename}: the backing chain is a loop")
 
-    def lock(self, file: FileNode, options: FileOptions, settings: Effective) -> None:
-        """Take the lock that the use of a file calls for. Raises LockedError, ImageError."""
+    async def lock(self, file: FileNode, options: FileOptions, settings: Effective) -> None:
+        """Take the lock that the use of a file calls for. Raises LockedError, ImageError.
+
+        A server that was killed may still have I/O in flight, and a guardian work to do.
+        """
         if options.locking == "off":
             return
         permissions, shared = PERMISSIONS[ROLES[self.use, self.only_reads]]
-        file.lock(permissions, Permission.ALL if settings.force_share else shared)
+        started = trio.current_time()
+        while True:
+            try:
+                return file.lock(permissions, Permission.ALL if settings.force_share else shared)
+            except LockedError:
+                patience = RESCUE_PATIENCE if is_being_rescued(file.fd) else PATIENCE
+                if trio.current_time() - started > patience:
+                    raise
+            await trio.sleep(PATIENCE / 20)

@@ -100,6 +100,16 @@ class FileNode(Leaf):
             self.length = os.fstat(self.fd).st_size
             self.size = align_up(self.length, SECTOR)
 
+    def guarded(self) -> tuple[int, ImageLock]:
+        """A description of the file for a guardian, without O_DIRECT, and the same locks as this
+        one's on it. Raises OSError, ImageError."""
+        fd = self._reopen(0)
+        try:
+            return fd, self._lock.twin(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
     # --- the synchronous way -------------------------------------------------------------------
 
     def read_nowait(self, offset: int, buffer: memoryview) -> bool:
