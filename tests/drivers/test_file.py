@@ -20,7 +20,7 @@ from fakes import no_descriptor_left
 from nbdserve.block.flush import FlushFailed
 from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.drivers import file as file_module
-from nbdserve.drivers.file import MAX_PIECES, FileNode
+from nbdserve.drivers.file import MAX_PIECES, FileNode, OpenFile
 from nbdserve.drivers.locks import PERMISSIONS, Role
 from nbdserve.drivers.open import open_file
 from nbdserve.engines import syscalls
@@ -1050,10 +1050,11 @@ async def test_fast_zeroes_on_a_device_never_let_the_kernel_write_them(
 
     monkeypatch.setattr(syscalls, "punch_hole", punch_hole)
     monkeypatch.setattr(syscalls, "zero_range", zero_range)
-    node = FileNode(
-        "device", os.open(path, os.O_RDWR), engine, 16 * BLOCK,
+    file = OpenFile(
+        filename="device", fd=os.open(path, os.O_RDWR), length=16 * BLOCK,
         is_device=True, read_only=False, no_flush=True, discard=True,
     )  # fmt: skip
+    node = FileNode(file, engine)
     if done:
         await node.write_zeroes(0, BLOCK, may_unmap=may_unmap, fallback=False)
         assert calls == done
