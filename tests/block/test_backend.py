@@ -7,8 +7,7 @@ import trio
 import trio.testing
 
 from fakes import FakeLeaf, FakeNode
-from nbdserve.block.backend import MAX_EXTENTS, BlockBackend
-from nbdserve.block.epoch import Epochs
+from nbdserve.block.backend import MAX_EXTENTS
 from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.block.run import READ, WRITE, Miss
 
@@ -31,19 +30,6 @@ class MappedNode(FakeNode):
     def allocate_nowait(self, offset, data):
         self._record("allocate_nowait", offset, len(data))
         return self.allocates
-
-
-@pytest.fixture
-def epochs():
-    return Epochs()
-
-
-@pytest.fixture
-def make(nursery, epochs):
-    def make(root, **options):
-        return BlockBackend(root, epochs, nursery, **{"write_cache": True, **options})
-
-    return make
 
 
 def nobody_in_flight(epochs):

@@ -54,11 +54,6 @@ def gate():
 
 
 @pytest.fixture
-def epochs():
-    return Epochs()
-
-
-@pytest.fixture
 def make(nursery, epochs, gate):
     def make(root, **options):
         return ThrottledBackend(root, epochs, nursery, gate, **{"write_cache": True, **options})
