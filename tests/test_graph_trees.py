@@ -3,12 +3,12 @@ refused, and what backing file names make of them."""
 
 import errno
 import json
-import pathlib
-import tempfile
 
 import pytest
 import trio
 
+import peers
+from facilities import folder_in_memory
 from fakes import no_descriptor_left
 from nbdserve import opener
 from nbdserve.blockdev import parse_node
@@ -749,23 +749,18 @@ async def test_names_can_make_a_tree_only_so_large(monkeypatch):
 @pytest.fixture
 def in_memory():
     """A folder in memory, where there is no O_DIRECT."""
-    try:
-        folder = tempfile.TemporaryDirectory(dir="/dev/shm")
-    except OSError:
-        pytest.skip("no /dev/shm here")
-    with folder as name:
-        yield pathlib.Path(name)
+    with folder_in_memory() as folder:
+        yield folder
 
 
 def files_of(backend):
     return [node for _, node in backend._nodes() if isinstance(node, FileNode)]
 
 
+@pytest.mark.peer(peers.IO_URING, peers.O_DIRECT)
 async def test_auto_is_o_direct_where_all_files_have_it(overlay, caplog):
     config = ImageConfig(str(overlay), format="qcow2", cache=CACHE_AUTO)
     with shared_by_drives() as shared:
-        if shared.engines.get(None, direct=True).name != "io_uring":
-            pytest.skip("no io_uring here")
         async with open_backend(config, shared) as backend:
             assert [type(file) for file in files_of(backend)] == [DirectFileNode] * 2
             assert [engine.name for engine in backend.engines] == ["io_uring"]
@@ -773,6 +768,7 @@ async def test_auto_is_o_direct_where_all_files_have_it(overlay, caplog):
     assert "--cache=auto: none" in record.getMessage()
 
 
+@pytest.mark.peer(peers.IO_URING)
 async def test_auto_is_writeback_where_one_file_has_no_o_direct(in_memory, caplog):
     base = in_memory / "base.img"
     base.write_bytes(b"raw!" * (MIB // 4))

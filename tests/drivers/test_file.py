@@ -9,13 +9,11 @@ import errno
 import os
 import random
 import resource
-import shutil
 import socket
-import subprocess
-import tempfile
 
 import pytest
 
+from facilities import folder_in_memory, loop_device, small_file_system
 from fakes import no_descriptor_left
 from nbdserve.block.flush import FlushFailed
 from nbdserve.block.node import MAX_INLINE, Extent
@@ -271,12 +269,10 @@ async def test_one_file_system_without_nowait_says_nothing_of_another(
 @pytest.fixture
 def in_memory():
     """A file of 3000 bytes in a tmpfs."""
-    if not os.path.isdir("/dev/shm"):
-        pytest.skip("no /dev/shm here")
-    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
-        file.write(b"abc" * 1000)
-        file.flush()
-        yield file.name
+    with folder_in_memory() as folder:
+        path = folder / "file"
+        path.write_bytes(b"abc" * 1000)
+        yield str(path)
 
 
 async def test_an_image_in_memory_is_read_at_once(in_memory, open_node):
@@ -452,7 +448,7 @@ async def test_room_for_a_part_is_an_error_too(path, open_node, full_disk, way):
 
 async def test_a_really_full_disk(open_node):
     """A tmpfs of one MiB, where this may be mounted."""
-    with small_file_system() as directory:
+    with small_file_system(1 << 20) as directory:
         path = os.path.join(directory, "image")
         os.mknod(path)
         os.truncate(path, 4 << 20)
@@ -463,23 +459,6 @@ async def test_a_really_full_disk(open_node):
         with pytest.raises(OSError, match="No space left"):
             node.write_nowait(3 << 20, b"x" * MAX_INLINE)
         await node.close()
-
-
-@contextlib.contextmanager
-def small_file_system():
-    directory = tempfile.mkdtemp()
-    try:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory]
-        try:
-            subprocess.run(mount, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("not allowed to mount a tmpfs here")
-        try:
-            yield directory
-        finally:
-            subprocess.run(["umount", "-l", directory], check=True)
-    finally:
-        os.rmdir(directory)
 
 
 async def test_a_read_only_file_is_not_written(path, open_node):
@@ -979,18 +958,10 @@ async def test_no_extent_is_empty_when_data_vanishes_while_it_is_looked_for(
 @pytest.fixture
 def device(tmp_path):
     """A loop device of 64 blocks of random bytes, where one may be made."""
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("a loop device needs root and losetup")
     backing = tmp_path / "device.img"
     backing.write_bytes(random.Random(6).randbytes(64 * BLOCK))
-    attach = subprocess.run(
-        ["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False
-    )
-    if attach.returncode:
-        pytest.skip(f"no loop device here: {attach.stderr.strip()}")
-    name = attach.stdout.strip()
-    yield name
-    subprocess.run(["losetup", "--detach", name], check=True)
+    with loop_device(backing) as name:
+        yield name
 
 
 async def test_a_block_device_is_an_image_of_its_size(device, open_node):

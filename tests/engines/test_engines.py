@@ -11,6 +11,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from facilities import lacking
 from nbdserve.engines import io_uring, kernel_queue, start
 from nbdserve.engines.engine import completion
 from nbdserve.engines.io_uring import IoUringEngine
@@ -30,7 +31,7 @@ async def engine(request):
         engine = request.param()
     except OSError as error:
         if error.errno in start.FORBIDDEN:
-            pytest.skip(f"forbidden here: {error}")
+            lacking(f"forbidden here: {error}")
         raise
     yield engine
     with trio.fail_after(LONG):
@@ -82,7 +83,7 @@ async def test_it_may_be_closed_when_a_completion_has_just_woken_it(kind):
         try:
             engine = kind()
         except OSError as error:
-            pytest.skip(f"forbidden here: {error}")
+            lacking(f"forbidden here: {error}")
         await trio.testing.wait_all_tasks_blocked()
         os.eventfd_write(engine.eventfd, 1)
         await trio.lowlevel.checkpoint()
@@ -168,7 +169,7 @@ async def test_an_o_direct_read_to_an_end_that_is_not_aligned(engine, tmp_path):
     try:
         fd = os.open(tmp_path / "odd", os.O_RDONLY | os.O_DIRECT)
     except OSError:
-        pytest.skip("no O_DIRECT here")
+        lacking("no O_DIRECT here")
     data = memoryview(mmap.mmap(-1, 4 * BLOCK))
     data[:] = b"\xee" * len(data)
     await completion(lambda done: engine.submit_read(fd, data, 0, done))
@@ -184,7 +185,7 @@ async def ring():
     try:
         engine = IoUringEngine()
     except OSError as error:
-        pytest.skip(f"forbidden here: {error}")
+        lacking(f"forbidden here: {error}")
     yield engine
     with trio.fail_after(LONG):
         await engine.idle()
@@ -243,7 +244,7 @@ async def test_a_kernel_that_refuses_fails_those_too_that_waited_for_room(kind, 
     try:
         engine = kind()
     except OSError as error:
-        pytest.skip(f"forbidden here: {error}")
+        lacking(f"forbidden here: {error}")
     fd, content = file
     monkeypatch.setattr(engine, "_hand_over", lambda number: -errno.ENOMEM)
     found = []
@@ -336,7 +337,7 @@ async def test_native_that_runs_is_for_files_with_o_direct_alone():
     try:
         native = engines.get("native", direct=True)
     except ConfigError as error:
-        pytest.skip(f"forbidden here: {error}")
+        lacking(f"forbidden here: {error}")
     assert engines.get("native", direct=True) is native
     with pytest.raises(ConfigError, match="--aio=native needs O_DIRECT"):
         engines.get("native", direct=False)
