@@ -12,7 +12,7 @@ import peers
 from facilities import folder_in_memory, lacking
 from fakes import no_descriptor_left
 from nbdserve.block.buffers import BufferPool
-from nbdserve.drivers.alignment import Alignment, probe
+from nbdserve.drivers.alignment import Alignment, direct_alignment, probe
 from nbdserve.drivers.open import open_file
 from nbdserve.errors import ImageError
 
@@ -185,13 +185,23 @@ async def test_a_write_that_fails_when_it_is_its_turn_says_so(tmp_path, open_dir
     assert node.gate.statistics() == (0, 0)
 
 
+@pytest.fixture
+def small_blocks(tmp_path):
+    """The disk's are smaller than pages."""
+    (tmp_path / "probed").write_bytes(bytes(4096))
+    fd = os.open(tmp_path / "probed", os.O_RDONLY | os.O_DIRECT)
+    alignment = direct_alignment(fd, "probed", is_device=False)
+    os.close(fd)
+    if alignment.request > 512:
+        lacking(f"{tmp_path} is on a disk with blocks of {alignment.request} bytes, not 512")
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("open_direct", [512], indirect=True)
 async def test_old_blocks_are_read_into_aligned_memory(tmp_path, open_direct):
     path = tmp_path / "file"
     path.write_bytes(b"o" * 8192)
     node = open_direct(path)
-    if node.alignment.request > 512:
-        lacking("a disk whose blocks are smaller than pages")
     node.alignment = Alignment(4096, 512)
     node._in_memory = 4095
     submit_old = node.submit_old

@@ -446,19 +446,24 @@ async def test_room_for_a_part_is_an_error_too(path, open_node, full_disk, way):
         await way(node, 20 * BLOCK - 10, b"x" * 100)
 
 
-async def test_a_really_full_disk(open_node):
-    """A tmpfs of one MiB, where this may be mounted."""
-    with small_file_system(1 << 20) as directory:
-        path = os.path.join(directory, "image")
-        os.mknod(path)
-        os.truncate(path, 4 << 20)
-        node = open_node(path)
-        with pytest.raises(OSError, match="No space left") as caught:
-            await node.write(0, b"x" * (3 << 20))
-        assert caught.value.errno == errno.ENOSPC
-        with pytest.raises(OSError, match="No space left"):
-            node.write_nowait(3 << 20, b"x" * MAX_INLINE)
-        await node.close()
+@pytest.fixture
+def mebibyte():
+    """A file system with room for one MiB."""
+    with small_file_system(1 << 20) as folder:
+        yield folder
+
+
+async def test_a_really_full_disk(mebibyte, open_node):
+    path = mebibyte / "image"
+    os.mknod(path)
+    os.truncate(path, 4 << 20)
+    node = open_node(path)
+    with pytest.raises(OSError, match="No space left") as caught:
+        await node.write(0, b"x" * (3 << 20))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        node.write_nowait(3 << 20, b"x" * MAX_INLINE)
+    await node.close()
 
 
 async def test_a_read_only_file_is_not_written(path, open_node):
