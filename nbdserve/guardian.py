@@ -230,6 +230,7 @@ class _Orphan:
                 f" {error.strerror}; what was written since the last flush may be lost"
             )
         finally:
+            log.close()
             for fd in self.files:
                 os.close(fd)
 
