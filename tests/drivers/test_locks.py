@@ -399,7 +399,6 @@ def kernel_without_ofd_locks(monkeypatch):
     locks.ofd_locks_available.cache_clear()
 
 
-@pytest.mark.usefixtures("kernel_without_ofd_locks")
 @contextlib.contextmanager
 def guarded(path, role=Role.FORMAT_RW):
     """(the lock of a server, its descriptor, that of its guardian)."""
@@ -466,6 +465,7 @@ def test_a_twin_of_who_holds_nothing(raw, monkeypatch):
         assert not locks.server_is_alive(other._fd)
 
 
+@pytest.mark.usefixtures("kernel_without_ofd_locks")
 def test_a_kernel_without_ofd_locks_gets_none(raw):
     assert not locks.ofd_locks_available()
     with locked(raw, Role.FORMAT_RW) as lock:
