@@ -16,6 +16,7 @@ from nbdserve import opener
 from nbdserve.block.redo import PUT, RedoLog, encode
 from nbdserve.blockdev import parse_node
 from nbdserve.config import CACHE_MODES, ImageConfig
+from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.locks import PERMISSIONS, ImageLock, Role
 from nbdserve.errors import ImageError, LockedError
 from nbdserve.formats.qcow2.create import create_image
@@ -136,6 +137,25 @@ async def test_a_guardian_that_died_is_missed_once(image, other, caplog):
         await backend.write(0, b"x" * 512)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no guardian" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["/proc", "memfd"])
+async def test_what_cannot_be_watched_is_served_all_the_same(
+    image, other, monkeypatch, caplog, missing
+):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    if missing == "memfd":
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    else:
+        monkeypatch.setattr(FileNode, "_reopen", refuse)
+    async with opened(other, config(image)) as backend:
+        await backend.write(0, b"x" * 512)
+    assert other.told()[0] == []
+    assert "no guardian (Function not implemented)" in caplog.text
+    async with open_backend(config(image)):
+        pass  # nothing of the locks is left
 
 
 def test_without_processes_the_server_goes_on(monkeypatch, caplog):
