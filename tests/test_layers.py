@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
     "place": NODE_OPTIONS | {"errors", "drivers"},
-    "guardian": {"block", "drivers"},
+    "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "place", "references", "guardian"},
     "graph": BLOCK_STACK
