@@ -21,6 +21,8 @@ from nbdserve.formats.qcow2.allocation import Allocation
 from nbdserve.formats.qcow2.quarantine import Quarantine
 from nbdserve.formats.qcow2.refcount import Refcounts, free_runs
 from nbdserve.formats.qcow2.tables import Table
+from nbdserve.nbd.connection import Connection
+from nbdserve.nbd.late import LateRequests
 from races.images import C
 from races.scheduler import Dice, Result, Schedule, explore
 from races.world import QUICK, SUBMIT, Case, Op, explore_cuts, run_case
@@ -238,6 +240,51 @@ def an_epoch_left_behind() -> Iterator[None]:
 def an_allocation_left_behind() -> Iterator[None]:
     """Who is cut off between taking clusters and linking them forgets them."""
     with patch(Allocation, "__exit__", lambda self, *error: None):
+        yield
+
+
+# --- the front end -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def a_buffer_given_back_when_its_client_leaves() -> Iterator[None]:
+    """The engine still reads into it, or writes from it."""
+    submit, close = LateRequests._submit, LateRequests.close_account
+    lent: dict[tuple[LateRequests, int], memoryview] = {}
+
+    def keep(self, way, offset, data, done, buffer) -> bool:  # noqa: ANN001
+        key = self, id(buffer)
+        lent[key] = buffer
+
+        def completed(error: OSError | None) -> None:
+            if lent.pop(key, None) is not None:
+                done(error)
+
+        taken = submit(self, way, offset, data, completed, buffer)
+        if not taken:
+            lent.pop(key, None)
+        return taken
+
+    def give_all(self: LateRequests) -> None:
+        close(self)
+        for key in [key for key in lent if key[0] is self]:
+            self._buffers.give(lent.pop(key))
+            self.in_flight -= 1
+
+    with patch(LateRequests, "_submit", keep), patch(LateRequests, "close_account", give_all):
+        yield
+
+
+@contextlib.contextmanager
+def a_buffer_given_back_before_it_is_sent() -> Iterator[None]:
+    """The rest of a reply that did not fit into the socket is taken from it later."""
+    send = Connection._send_replies
+
+    def send_and_give(self: Connection) -> None:
+        send(self)
+        self._return_buffers()
+
+    with patch(Connection, "_send_replies", send_and_give):
         yield
 
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from nbdserve.formats.qcow2.node import Qcow2Node
     from nbdserve.formats.qcow2.refcount import Clusters
 
-__all__ = ["Case", "Judge", "Op", "explore_cuts", "run_case"]
+__all__ = ["Case", "Judge", "Op", "assert_closed", "explore_cuts", "run_case"]
 
 QUICK, TASK, SUBMIT = "quick", "task", "submit"
 
@@ -120,6 +120,7 @@ class _Race:
         self._scheduler = scheduler
         self._history = History(files.disk)
         self._disk = Disk(files.disk, C, discards=files.kind.discards)
+        self._final: bytes | None = None
 
     async def run(self) -> None:
         case, files = self._case, self._files
@@ -135,10 +136,12 @@ class _Race:
                 node.image.refcounts.put_back(await node.image.refcounts.take(1))
             with judge.watching(self._scheduler):
                 await self._let_loose(backend)
-            if self._is_stop:
-                return await self._after_a_stop(judge)
-            await self._afterwards(backend, judge)
-        return self._closed(node)
+            if not self._is_stop:
+                await self._afterwards(backend, judge)
+        disk = assert_closed(files, node, self._final)
+        if self._is_stop:
+            self._history.read(self._history.begin("the end"), 0, disk)
+            self._history.check()
 
     @property
     def _is_stop(self) -> bool:
@@ -224,23 +227,17 @@ class _Race:
         assert not judge.node.image.quarantine, "what was unlinked is not freed by two flushes"
         self._final = bytes(data)
 
-    async def _after_a_stop(self, judge: Judge) -> None:
-        self._final = b""
 
-    def _closed(self, node: Qcow2Node) -> None:
-        """The image is closed."""
-        kind = self._files.kind
-        image = node.image
-        assert_sound(image.file.content)
-        data = None if image.data_file is None else image.data_file.content
-        disk = guest_bytes(image.file.content, self._files.backing or b"", data)
-        if not self._final:
-            self._history.read(self._history.begin("the end"), 0, disk)
-            self._history.check()
-        else:
-            assert disk == self._final, "closing changes what the disk reads as"
-        if kind.data_file == "raw":
-            assert data == disk, "the raw data file is not the disk"
+def assert_closed(files: Files, node: Qcow2Node, final: bytes | None) -> bytes:
+    """The image is closed: nothing is wrong with it and nothing leaks, and it reads as `final`.
+    Returns what it reads as."""
+    image = node.image
+    assert_sound(image.file.content)
+    data = None if image.data_file is None else image.data_file.content
+    disk = guest_bytes(image.file.content, files.backing or b"", data)
+    assert final in (None, disk), "closing changes what the disk reads as"
+    assert files.kind.data_file != "raw" or data == disk, "the raw data file is not the disk"
+    return disk
 
 
 class Judge:
