@@ -126,6 +126,21 @@ CROWDS = {
         (Op("read", 62 * C, 4 * C), Op("write", 191 * C, 2 * C), Op("read", 0, 4 * C)),
         (Op("discard", 60 * C, 8 * C), Op("flush"), Op("write", 1 * C, C + 9)),
     ],
+    "a lock on more than is changed": [
+        (Op("write", 11 * C, C + 100), Op("read", 11 * C, 2 * C)),
+        (Op("write", 12 * C + 150, 100),),
+        (Op("write", 12 * C + 300, 100), Op("discard", 10 * C, 3 * C)),
+    ],
+    "tables come and go": [
+        (Op("write", 20 * C, C), Op("write", 70 * C + 5, C)),
+        (Op("write", 71 * C, C), Op("write", 130 * C, C), Op("flush"), Op("read", 0, C)),
+        (Op("read", 60 * C, 8 * C), Op("zero", 20 * C, 300), Op("read", 130 * C, C)),
+    ],
+    "freed here, wanted there": [
+        (Op("discard", 0, 8 * C), Op("flush"), Op("write", 100 * C, 9 * C), Op("flush")),
+        (Op("write", 120 * C, 9 * C), Op("write", 150 * C, 9 * C)),
+        (Op("read", 0, 8 * C, way=SUBMIT), Op("read", 0, 8 * C)),
+    ],
     "the whole disk": [
         (Op("discard", 0, 200 * C),),
         (Op("write", 1 * C, 3 * C), Op("write", 190 * C, C)),

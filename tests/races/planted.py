@@ -18,6 +18,7 @@ from nbdserve.block.rangelock import RangeLock
 from nbdserve.formats.qcow2 import allocation, discard
 from nbdserve.formats.qcow2 import node as node_module
 from nbdserve.formats.qcow2.allocation import Allocation
+from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.qcow2.quarantine import Quarantine
 from nbdserve.formats.qcow2.refcount import Refcounts, free_runs
 from nbdserve.formats.qcow2.tables import Table
@@ -195,6 +196,31 @@ def zeroes_rounded_to_clusters() -> Iterator[None]:
         await write_zeroes(image, offset, length, **options)  # type: ignore[arg-type]
 
     with patch(node_module, "write_zeroes", rounded):
+        yield
+
+
+# --- what is durable -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def a_flush_joins_one_that_runs() -> Iterator[None]:
+    """A flush is answered with one that had begun before it was asked for."""
+    flush = Qcow2Node.flush
+
+    async def join(self: Qcow2Node) -> None:
+        if self._flush_lock.locked():
+            async with self._flush_lock:
+                return
+        await flush(self)
+
+    with patch(Qcow2Node, "flush", join):
+        yield
+
+
+@contextlib.contextmanager
+def the_write_cache_is_looked_at_once() -> Iterator[None]:
+    """A write that was under way when the write cache was turned off is not flushed."""
+    with patch(BlockBackend, "_written", lambda self, done, error: done(error)):
         yield
 
 
@@ -380,6 +406,16 @@ PLANTED = [
     Plant(
         zeroes_rounded_to_clusters,
         Case("plain", ((Op("zero", 20 * C, 256),), (Op("write", 20 * C + 256, 256),))),
+        20,
+    ),
+    Plant(
+        a_flush_joins_one_that_runs,
+        Case("plain", tuple((Op("write", n * C, C), Op("flush")) for n in (20, 30)), warm=True),
+        30,
+    ),
+    Plant(
+        the_write_cache_is_looked_at_once,
+        Case("plain", ((Op("write", 5 * C, C, way=SUBMIT),), (Op("cache"),)), warm=True),
         20,
     ),
     Plant(

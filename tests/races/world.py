@@ -9,6 +9,9 @@ While it runs, before each step in which a table may have changed (`Judge.look`)
   none;
 * a cluster that is handed out was nobody's, and no request of the file under way touches it.
 
+When a flush is answered, or a write that must be durable by then: a power cut would leave what was
+answered before, and an image with leaks at most.
+
 When all requests are answered: each read saw what it may (history.py); the whole disk reads as one
 of the requests in flight together left it, by the asynchronous way and by the synchronous one; no
 lock, epoch, load, flush or entry of the quarantine is left; and after a clean close, which ends in
@@ -30,6 +33,7 @@ from qcow2_model import (
     COMPRESSED,
     OFFSET,
     Disk,
+    MemoryFile,
     Request,
     assert_sound,
     guest_bytes,
@@ -130,6 +134,7 @@ class _Race:
             settle=case.settle,
             write_cache=case.write_cache,
         ) as (backend, node):
+            self._node = node
             judge = Judge(node)
             if case.warm:
                 await read_all(backend)
@@ -168,6 +173,7 @@ class _Race:
 
     async def _perform(self, backend: BlockBackend, op: Op, name: str, tag: int) -> None:
         effect = self._disk.effect(Request(op.kind, op.offset, op.length, tag + 1))
+        durable = False
         interval = self._history.begin(name, *(effect or ()))
         offset, length = op.offset, op.length
         match op.kind:
@@ -177,9 +183,10 @@ class _Race:
                 self._history.read(interval, offset, bytes(data))
                 return
             case "write":
-                await self._write(backend, op, pattern(tag + 1, length))
+                durable = await self._write(backend, op, pattern(tag + 1, length))
             case "zero":
                 await backend.write_zeroes(offset, length, may_unmap=op.unmap, fua=op.fua)
+                durable = not backend.write_cache
             case "discard":
                 await backend.discard(offset, length, fua=op.fua)
             case "flush":
@@ -191,6 +198,26 @@ class _Race:
             case "cache":
                 await backend.set_write_cache(bool(length))
         self._history.end(interval)
+        if op.kind == "flush" or (op.kind == "cache" and not length):
+            # What was answered before it began is there, and perhaps what was under way.
+            self._after_a_power_cut(f"{name}, durably", interval.begin, 0, SIZE)
+        elif effect is not None and (op.fua or durable):
+            now = interval.end + 0.5
+            self._after_a_power_cut(f"{name}, durably", now, effect[0], len(effect[1]))
+
+    def _after_a_power_cut(self, name: str, begin: float, offset: int, length: int) -> None:
+        """If the power went now and all were lost that was not flushed: the image would have leaks
+        at most, and the range would read as what was answered before `begin` or came later."""
+        image = self._node.image
+        content = durable_bytes(image.file, self._files.image)
+        assert_sound(content, leaks_allowed=True)
+        data = self._files.data
+        if image.data_file is not None and data is not None:
+            data = durable_bytes(image.data_file, data)
+        disk = guest_bytes(content, self._files.backing or b"", data)
+        interval = self._history.begin(name)
+        interval.begin = begin
+        self._history.read(interval, offset, disk[offset : offset + length])
 
     async def _read(self, backend: BlockBackend, op: Op, view: memoryview) -> None:
         if op.way == QUICK and backend.read_nowait(op.offset, view) is None:
@@ -199,15 +226,24 @@ class _Race:
             return
         await backend.read(op.offset, view)
 
-    async def _write(self, backend: BlockBackend, op: Op, data: bytes) -> None:
+    async def _write(self, backend: BlockBackend, op: Op, data: bytes) -> bool:
+        """Whether the write cache was off when it was answered."""
+        answered_off: list[bool] = []
+
+        def watched(offset: int, data: bytes, done: Callable[..., None], *, fua: bool) -> bool:
+            def completed(error: OSError | None) -> None:
+                answered_off.append(not backend.write_cache)
+                done(error)
+
+            return backend.submit_write(offset, data, completed, fua=fua)
+
         quick = op.way == QUICK and not op.fua
         if quick and backend.write_nowait(op.offset, data) is None:
-            return
-        if op.way == SUBMIT and await submit(
-            backend.submit_write, op.offset, data, fua=op.fua
-        ):
-            return
+            return False
+        if op.way == SUBMIT and await submit(watched, op.offset, data, fua=op.fua):
+            return answered_off[0]
         await backend.write(op.offset, data, fua=op.fua)
+        return not backend.write_cache
 
     async def _afterwards(self, backend: BlockBackend, judge: Judge) -> None:
         """All requests were answered."""
@@ -226,6 +262,18 @@ class _Race:
         judge.assert_idle()
         assert not judge.node.image.quarantine, "what was unlinked is not freed by two flushes"
         self._final = bytes(data)
+
+
+def durable_bytes(file: MemoryFile, before: bytes) -> bytearray:
+    """What of a file was flushed, or written with FUA; `before`: its bytes when it was opened."""
+    flushed = max((entry.offset for entry in file.log if entry.data is None), default=0)
+    durable = {number for _, number in file.durable}
+    content = bytearray(before)
+    for number, (offset, data) in enumerate(file.log):
+        if data is not None and (number < flushed or number in durable):
+            content.extend(bytes(max(0, offset - len(content))))
+            content[offset : offset + len(data)] = data
+    return content
 
 
 def assert_closed(files: Files, node: Qcow2Node, final: bytes | None) -> bytes:
