@@ -83,6 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="races", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--image", choices=list(KINDS), action="append", help="not all of them")
     parser.add_argument("--power", action="store_true", help="how soon planted bugs are found")
     args = parser.parse_args()
     for image in KINDS:
@@ -93,7 +94,7 @@ def main() -> int:
     end = time.monotonic() + args.seconds
     total: Counter[str] = Counter()
     for seed in itertools.count(args.seed):
-        for image in KINDS:
+        for image in args.image or KINDS:
             for section, call, work in itertools.chain(
                 deaths(seed, image), cuts(seed, image), matrix(seed, image)
             ):

@@ -12,7 +12,7 @@ from races.scheduler import Schedule, explore, rolled
 from races.world import run_case
 
 SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
-NUMBER = len(PAIRS) if SOAK else 25
+NUMBER = len(PAIRS) if SOAK else 20
 SYSTEMATIC, ROLLED = (90, 10) if SOAK else (5, 2)
 
 
