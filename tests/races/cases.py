@@ -5,8 +5,8 @@ Three tables, all multiplied out. `PAIRS`: two requests over one guest cluster o
 ones at once (`CHURN`), so that what was freed too early is handed out. `CROWDS`: more of one kind
 than two. `VARIANTS`: how the file answers, how small the caches are, whether the settle task runs.
 
-`chosen` deals cases out by a seed. All of them, with each place and each variant, are a million or
-two; a long run goes from seed to seed.
+`chosen` deals cases out by a seed. All of them, with each place and each variant, are some three
+million; a long run goes from seed to seed.
 """
 
 from __future__ import annotations

@@ -121,6 +121,24 @@ def the_range_lock_waits_for_one() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def the_range_lock_wakes_nobody() -> Iterator[None]:
+    """Who waits for a range is not told that it is free."""
+
+    @contextlib.asynccontextmanager
+    async def hold(self: RangeLock, first: int, last: int) -> AsyncIterator[None]:
+        entry = (first, last, trio.Event())
+        earlier = self._overlapping(first, last)
+        self._entries.append(entry)
+        for gone in earlier:
+            await gone.wait()
+        yield
+        self._entries.remove(entry)
+
+    with patch(RangeLock, "hold", hold):
+        yield
+
+
+@contextlib.contextmanager
 def the_synchronous_way_asks_no_lock() -> Iterator[None]:
     """A write that allocates at once does it under one that waits for its data."""
     with patch(RangeLock, "is_free", lambda self, first, last: True):
@@ -354,6 +372,11 @@ PLANTED = [
     ),
     Plant(
         the_range_lock_does_nothing,
+        Case("backing", ((Op("write", 20 * C, 100),), (Op("write", 20 * C + 200, 100),))),
+        20,
+    ),
+    Plant(
+        the_range_lock_wakes_nobody,
         Case("backing", ((Op("write", 20 * C, 100),), (Op("write", 20 * C + 200, 100),))),
         20,
     ),

@@ -252,7 +252,7 @@ class _Race:
         await backend.read(0, memoryview(data))
         self._history.read(interval, 0, bytes(data))
         self._history.check()
-        assert await read_all(backend) == data
+        assert await read_all(backend) == data, "reads differ, though nothing is in flight"
         judge.look()
         if self._case.settle:
             await trio.sleep(1)  # it may be at it
@@ -351,7 +351,7 @@ class Judge:
                 for index, value in enumerate(self._l2_entries(number, entry & OFFSET)):
                     guest = number * (C // 8) + index
                     if value & COMPRESSED:
-                        own(f"compressed {guest}", (value & OFFSET % (1 << 61)) // C)
+                        own(f"compressed {guest}", (value & OFFSET) // C)
                     elif value & OFFSET and image.data_file is None:
                         own(f"guest cluster {guest}", (value & OFFSET) // C)
         return owners
