@@ -17,6 +17,9 @@ PYTEST_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
+# make races RACES_ARGS='--seconds 60 --seed 7'
+RACES_ARGS ?=
+
 # make kernel KERNEL=linux-image-6.12.95+deb12-cloud-amd64: another kernel package than the default
 KERNEL ?=
 
@@ -24,7 +27,7 @@ KERNEL ?=
 # have a target of their own.
 PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
 
-.PHONY: help serve test matrix kernel check lint types coverage bench cache-table clean
+.PHONY: help serve test matrix races kernel check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -42,6 +45,9 @@ test: $(VENV)/.has-test  ## set up everything, the peers included, and run the t
 matrix: $(VENV)/.has-test  ## all that moves data, with every I/O engine and each cache mode it may have
 	@tools/peers.sh
 	$(PYTEST) --matrix tests/interop $(PYTEST_ARGS)
+
+races: $(VENV)/.has-test  ## interleavings of what races, for ten minutes; prints how many, and the seeds
+	PYTHONPATH=tests $(BIN)/python -m races $(RACES_ARGS)
 
 kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_SOAK=1 for the long run
 	@tools/peers.sh kernel

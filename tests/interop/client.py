@@ -184,9 +184,9 @@ def overlap(uri, connections, rounds):
 
 
 def neighbours(uri, model, connections=4):
-    """Writes side by side, in flight together in any order: pieces of any length that share their
-    first and last sectors, of the server's file too, with others and lose none of them.  The same
-    goes to a raw file that holds the same disk."""
+    """Writes and zeroes side by side, in flight together in any order: pieces of any length that
+    share their first and last sectors and clusters, of the server's file too, with others and lose
+    none of them.  The same goes to a raw file that holds the same disk."""
     handles = [connected(uri) for _ in range(int(connections))]
     size = handles[0].get_size()
     rng = random.Random(size)
@@ -196,11 +196,16 @@ def neighbours(uri, model, connections=4):
     errors = Errors()
     with open(model, "r+b") as disk:
         for number, (start, end) in enumerate(pieces):
-            data = rng.randbytes(end - start)
+            kind = rng.choice(("write", "write", *ZERO_FLAGS))
+            data = rng.randbytes(end - start) if kind == "write" else bytes(end - start)
             disk.seek(start)
             disk.write(data)
             handle = handles[number % len(handles)]
-            handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data)), start, errors.done)
+            if kind == "write":
+                buffer = nbd.Buffer.from_bytearray(bytearray(data))
+                handle.aio_pwrite(buffer, start, errors.done)
+            else:
+                handle.aio_zero(end - start, start, errors.done, ZERO_FLAGS[kind])
     settle(handles)
     assert not errors, errors
     for handle in handles:
