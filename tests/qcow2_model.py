@@ -102,7 +102,7 @@ class MemoryFile(Leaf):
     def _refuses(self) -> bool:
         return bool(self._patience) and self._random.random() < 0.2
 
-    async def _begin(self, kind: str, offset: int) -> None:
+    async def _begin(self, kind: str, offset: int, data: Buffer = b"") -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         # As the engine does: once handed over, a request ends whatever happens to its task.
         with trio.CancelScope(shield=True):
@@ -111,9 +111,10 @@ class MemoryFile(Leaf):
             if hold is not None:
                 with trio.move_on_after(HOLD_SECONDS):  # of a test that failed meanwhile
                     await hold.wait()
-        self._may_fail(kind, offset)
+        self._may_fail(kind, offset, data)
 
-    def _may_fail(self, kind: str, offset: int) -> None:
+    def _may_fail(self, kind: str, offset: int, data: Buffer = b"") -> None:
+        """`data`: what is to be written, or read into; for who fails after a part of it."""
         if self.fail is not None:
             self.fail(kind, offset)
 
@@ -137,7 +138,7 @@ class MemoryFile(Leaf):
     def read_nowait(self, offset: int, buffer: memoryview) -> bool:
         if self._refuses() or "read" in self.holds:
             return False
-        self._may_fail("read", offset)
+        self._may_fail("read", offset, buffer)
         self._get(offset, buffer)
         return True
 
@@ -147,8 +148,9 @@ class MemoryFile(Leaf):
     def writev_nowait(self, offset: int, data: Sequence[Buffer]) -> bool:
         if self._refuses() or "write" in self.holds:
             return False
-        self._may_fail("write", offset)
-        self._put(offset, b"".join(data))
+        joined = b"".join(data)
+        self._may_fail("write", offset, joined)
+        self._put(offset, joined)
         return True
 
     def submit_read(
@@ -168,7 +170,7 @@ class MemoryFile(Leaf):
         trio.lowlevel.spawn_system_task(reap, done, write, offset, data)
 
     async def read(self, offset: int, buffer: memoryview) -> None:
-        await self._begin("read", offset)
+        await self._begin("read", offset, buffer)
         self._get(offset, buffer)
         await self._end()
 
@@ -176,13 +178,14 @@ class MemoryFile(Leaf):
         await self.writev(offset, (data,))
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
-        await self._begin("write", offset)
-        self._put(offset, b"".join(data))
+        joined = b"".join(data)
+        await self._begin("write", offset, joined)
+        self._put(offset, joined)
         await self._end()
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
         self.generation.check()
-        await self._begin("write", offset)
+        await self._begin("write", offset, data)
         number = len(self.log)
         self._put(offset, bytes(data), fua=True)
         await self._end()
@@ -194,13 +197,15 @@ class MemoryFile(Leaf):
     ) -> None:
         if not (fallback or self.zeroes_fast):
             raise OSError(95, "no fast zeroes")
-        await self._begin("zeroes", offset)
-        self._put(offset, bytes(length))
+        zeroes = bytes(length)
+        await self._begin("zeroes", offset, zeroes)
+        self._put(offset, zeroes)
         await self._end()
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._begin("discard", offset)
-        self._put(offset, bytes(min(length, max(0, len(self.content) - offset))))
+        zeroes = bytes(min(length, max(0, len(self.content) - offset)))
+        await self._begin("discard", offset, zeroes)
+        self._put(offset, zeroes)
         await self._end()
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:

@@ -134,7 +134,13 @@ class Image:
         taken = self.refcounts.take_nowait(1)
         if taken is None:
             return None
-        return self._link_l2(index, taken, array("Q", bytes(self.geometry.cluster_size)))
+        has_room = False
+        try:
+            has_room = self.refcounts.reserve_nowait(taken)
+        finally:
+            if not has_room:
+                self.refcounts.put_back(taken)
+        return self._link_new_l2(index, taken) if has_room else None
 
     async def table(self, offset: int) -> Table:
         """As `table_nowait`, doing what it takes. The caller holds the lock on the clusters and
@@ -152,17 +158,31 @@ class Image:
                 continue
             l1_entry = self.mapping.l1.entries[index]
             if not l1_entry & OFFSET_MASK:
-                await self.l2.relieve()
-                self.refcounts.put_back(await self.refcounts.take(1))
+                await self._new_l2(index)
             elif l1_entry & COPIED:
                 await self.l2.get(index)
             else:
                 await self._copy_l2(index)
 
+    async def _new_l2(self, index: int) -> None:
+        """A table where L1 has none."""
+        await self.l2.relieve()
+        taken = await self.refcounts.take(1)
+        try:
+            await self.refcounts.reserve(taken)
+        except BaseException:
+            self.abandon(taken)
+            raise
+        if self.mapping.l1.entries[index] & OFFSET_MASK:
+            self.abandon(taken)  # another request made it meanwhile
+        else:
+            self._link_new_l2(index, taken)
+
     async def _copy_l2(self, index: int) -> None:
         """A table that somebody else refers to as well must not be changed in place."""
         taken = await self.refcounts.take(1)
         try:
+            await self.refcounts.reserve(taken)
             old = await self.l2.get(index)
         except BaseException:
             self.abandon(taken)
@@ -173,6 +193,9 @@ class Image:
         self.l2.remove(index)
         self._link_l2(index, taken, old.entries[:])
         self._unlink(old.host_offset >> self.geometry.cluster_bits)
+
+    def _link_new_l2(self, index: int, taken: Clusters) -> Table:
+        return self._link_l2(index, taken, array("Q", bytes(self.geometry.cluster_size)))
 
     def _link_l2(self, index: int, taken: Clusters, entries: array[int]) -> Table:
         host_offset = taken.first << self.geometry.cluster_bits
@@ -210,7 +233,10 @@ class Image:
             self.metadata.assert_data(host_offset, nb_bytes)
 
     def abandon(self, clusters: Clusters) -> None:
-        """Clusters that were taken but never linked."""
+        """Clusters that were taken but never linked: no table ever pointed to them and no request
+        resolved onto them, so there is nothing to wait for."""
+        if self.refcounts.return_nowait(clusters):
+            return
         for cluster in range(clusters.first, clusters.first + clusters.count):
             self._unlink(cluster)
 

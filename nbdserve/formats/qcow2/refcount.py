@@ -1,9 +1,14 @@
 """Refcounts: which host clusters are in use, and where the next ones come from.
 
 Law: raising refcounts is synchronous. New refcount blocks and a larger refcount table are made in
-memory only; ordering.py writes them before anything that depends on them. The only thing that can
-need waiting is an existing refcount block that is not cached: then `take_nowait` answers None and
-`take` loads it.
+memory only; ordering.py writes them before anything that depends on them. But first the file must
+have room for them: zeroes are written where they will be. So a full file system fails the request
+that needs a table, not the write-back, which holds the changes of all: a flush of what is in the
+file already succeeds, and so does what frees room, which is a flush too (`reserve`; QEMU writes new
+tables at once).
+
+What can need waiting is an existing refcount block that is not cached, and that writing of zeroes
+with O_DIRECT: then `take_nowait` answers None and `take` does it.
 
 Clusters come from, in this order: what was found or made free (`_free`); the part of the image
 that has not been searched for free clusters yet, one refcount block at a time; the end of the file.
@@ -24,6 +29,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import trio
+
+from nbdserve.block.node import MAX_INLINE, Leaf
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.ordering import REFCOUNT_BLOCK, REFCOUNT_TABLE
 from nbdserve.formats.qcow2.spec import MAX_REFCOUNT_TABLE_BYTES
@@ -90,6 +98,8 @@ class Refcounts:
         self._searched = 0  # refcount blocks below this index have been searched
         self._search_end = -(-end // geometry.block_entries)
         self._free: list[tuple[int, int]] = []  # runs: first cluster, count
+        self._reserving = trio.Lock()
+        self._reserved = NOWHERE  # what has room in the file for new tables, and holds zeroes
 
     # --- taking clusters -----------------------------------------------------------------------
 
@@ -120,22 +130,42 @@ class Refcounts:
             if not self._free and self._searched < self._search_end:
                 await self._search_next_block()
             else:
-                first = self._free[-1][0] if self._free else self._end
-                await self.blocks.get(first >> self._geometry.block_bits)
+                first = self._next_cluster()
+                if self._has_block(first):
+                    await self.blocks.get(first >> self._geometry.block_bits)
+                else:
+                    await self._reserve_block()
         return taken
 
     def put_back(self, clusters: Clusters) -> None:
-        """Undo a take at once: nothing was awaited and nothing written since."""
-        block = self.blocks.peek(clusters.first >> self._geometry.block_bits)
-        assert block is not None
-        index = clusters.first & (self._geometry.block_entries - 1)
-        self.allocated -= clusters.count
-        for number in range(clusters.count):
-            block.set(index + number, 0)
+        """Undo a take at once: nothing was awaited since, and nothing but zeroes written."""
+        lowered = self._lower_nowait(clusters)
+        assert lowered
         if clusters.first + clusters.count == self._end and clusters.zeroed:
             self._end = clusters.first
         else:
             self._free.append((clusters.first, clusters.count))
+
+    def return_nowait(self, clusters: Clusters) -> bool:
+        """Undo a take of clusters that were written to perhaps, but that nothing ever pointed to:
+        they are free at once, and used last. False: their refcount block is not cached."""
+        if not self._lower_nowait(clusters):
+            return False
+        self._free.insert(0, (clusters.first, clusters.count))
+        return True
+
+    def _lower_nowait(self, clusters: Clusters) -> bool:
+        block = self.blocks.peek(clusters.first >> self._geometry.block_bits)
+        if block is None:
+            return False
+        index = clusters.first & (self._geometry.block_entries - 1)
+        self.allocated -= clusters.count
+        for number in range(clusters.count):
+            block.set(index + number, 0)
+        return True
+
+    def _next_cluster(self) -> int:
+        return self._free[-1][0] if self._free else self._end
 
     def _take_from(self, block: Table, first: int, count: int, at_end: bool) -> Clusters | None:
         """Raise the refcounts of a run's leading free clusters; None if the first is in use."""
@@ -162,17 +192,70 @@ class Refcounts:
     # --- refcount blocks and the refcount table --------------------------------------------------
 
     def _block_nowait(self, cluster: int) -> Table | None:
-        """The block for a cluster about to be taken. None: not cached. _MADE: it was just made, in
-        the place of the cluster; choose again."""
+        """The block for a cluster about to be taken. None: not cached, or no room was reserved yet
+        for a new one. _MADE: it was just made, in the place of the cluster; choose again."""
         index = cluster >> self._geometry.block_bits
+        if self._has_block(cluster):
+            return self.blocks.peek(index)
+        if not self._take_reserved(self._place_of_block(cluster)):
+            return None
         if index >= len(self.table.entries):
             self._grow_table()
             return _MADE
-        if self.table.entries[index] & BLOCK_MASK:
-            return self.blocks.peek(index)
         self._make_block(index, cluster)
         self._consume(1, not self._free)
         return _MADE
+
+    def _has_block(self, cluster: int) -> bool:
+        index = cluster >> self._geometry.block_bits
+        return index < len(self.table.entries) and bool(self.table.entries[index] & BLOCK_MASK)
+
+    def _place_of_block(self, cluster: int) -> range:
+        """The clusters that a block for this one, which has none, will take, with a larger table if
+        it needs one."""
+        if cluster >> self._geometry.block_bits < len(self.table.entries):
+            return range(cluster, cluster + 1)
+        start, _, _, end = self._larger_table()
+        return range(start, end)
+
+    def _take_reserved(self, clusters: range) -> bool:
+        if clusters == self._reserved:
+            self._reserved = NOWHERE
+            return True
+        if self._reserving.locked():  # others wait, lest zeroes be written over what they made
+            return False
+        return self._clear_nowait(clusters)
+
+    async def _reserve_block(self) -> None:
+        """Reserve room for the block of the next cluster, if that still needs one."""
+        async with self._reserving:
+            cluster = self._next_cluster()
+            if not self._has_block(cluster):
+                clusters = self._place_of_block(cluster)
+                await self._clear(clusters)
+                self._reserved = clusters
+
+    def reserve_nowait(self, clusters: Clusters) -> bool:
+        """See that the file has room for a table in clusters just taken; False: use `reserve`.
+        Raises OSError."""
+        return self._clear_nowait(range(clusters.first, clusters.first + clusters.count))
+
+    async def reserve(self, clusters: Clusters) -> None:
+        """As `reserve_nowait`, however long it takes."""
+        await self._clear(range(clusters.first, clusters.first + clusters.count))
+
+    def _clear_nowait(self, clusters: range) -> bool:
+        bits = self._geometry.cluster_bits
+        nb_bytes = len(clusters) << bits
+        return (
+            nb_bytes <= MAX_INLINE
+            and isinstance(self._file, Leaf)
+            and self._file.write_nowait(clusters.start << bits, bytes(nb_bytes))
+        )
+
+    async def _clear(self, clusters: range) -> None:
+        bits = self._geometry.cluster_bits
+        await self._file.write(clusters.start << bits, bytes(len(clusters) << bits))
 
     def _make_block(self, index: int, cluster: int) -> Table:
         """A new block for `index`, placed in `cluster`."""
@@ -194,17 +277,19 @@ class Refcounts:
             block.set(cluster & (geometry.block_entries - 1), 1)
         return block
 
-    def _grow_table(self) -> None:
-        """Move the refcount table to the end of the file, half as large again.
+    def _larger_table(self) -> tuple[int, int, int, int]:
+        """Where a refcount table half as large again goes: its first cluster, how many clusters it
+        has, how many blocks follow it, and the first cluster after those.
 
-        The end of the file is past the old table's reach, so the refcounts of the new table's own
-        clusters need new blocks: they are made here too, right behind it.
+        It goes to the end of the file. That is past the old table's reach, so the refcounts of the
+        new table's own clusters need new blocks, right behind it.
         """
         geometry = self._geometry
         start = self._end
-        old = self.table
         first_block = start >> geometry.block_bits
-        nb_clusters = geometry.clusters(max(old.nb_bytes * 3 // 2, (first_block + 1) * 8)) + 1
+        nb_clusters = geometry.clusters(
+            max(self.table.nb_bytes * 3 // 2, (first_block + 1) * 8)
+        ) + 1
         end = start + nb_clusters + 1
         while (end - 1) >> geometry.block_bits >= first_block + end - start - nb_clusters:
             end += 1
@@ -214,6 +299,14 @@ class Refcounts:
             or first_block + nb_blocks > nb_clusters * geometry.l2_entries
         ):
             raise OSError(errno.EFBIG, f"{self._file.filename}: the refcount table cannot grow")
+        return start, nb_clusters, nb_blocks, end
+
+    def _grow_table(self) -> None:
+        """Move the refcount table to where there is room for a larger one."""
+        geometry = self._geometry
+        old = self.table
+        start, nb_clusters, nb_blocks, end = self._larger_table()
+        first_block = start >> geometry.block_bits
         host_offset = start << geometry.cluster_bits
         entries = old.entries[:]
         entries.extend([0] * (nb_clusters * geometry.l2_entries - len(entries)))
@@ -307,6 +400,7 @@ class Refcounts:
 
 
 _MADE = Table.__new__(Table)
+NOWHERE = range(0)
 
 
 def runs(clusters: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,7 @@
 """Allocating writes: what is copied, what is not, what happens when something stops them."""
 
+import errno
+
 import pytest
 import trio
 
@@ -11,11 +13,13 @@ from qcow2_model import (
     OFFSET,
     Layout,
     MemoryFile,
+    Request,
     assert_sound,
     guest_bytes,
     new_image,
     open_memory,
     pattern,
+    perform,
 )
 
 K = 1024
@@ -40,14 +44,20 @@ async def warm(node):
 
 
 async def test_a_first_write_needs_no_waiting_and_one_write_to_the_file(image):
+    """And one of zeroes where the table will be, which the next does not need."""
     file = image()
     async with open_memory(file) as (backend, node):
         await warm(node)
         assert backend.write_nowait(5, pattern(1, C)) is None
-        assert len(file.log) == 1
+        assert [len(entry.data) for entry in file.log] == [C, C]
+        assert not any(file.log[0].data)
+        assert backend.write_nowait(2 * C + 5, pattern(2, C)) is None
+        assert len(file.log) == 3
         assert not backend.misses
     assert_sound(file.content)
-    assert guest_bytes(file.content) == zeroes(bytes(5) + pattern(1, C))
+    assert guest_bytes(file.content) == zeroes(
+        bytes(5) + pattern(1, C) + bytes(C) + pattern(2, C)
+    )
 
 
 async def test_stale_clusters_are_filled_with_zeroes(image):
@@ -176,6 +186,43 @@ async def test_a_table_that_cannot_be_loaded_to_be_copied_leaks_nothing(image):
         file.fail = None
         await backend.write(10 * K, b"z")
     assert_sound(file.content)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+async def test_a_full_file_system_fails_what_needs_room_and_no_flush(image, quick):
+    file = image(1 << 20, cluster_size=512, refcount_bits=64)
+    async with open_memory(file) as (backend, node):
+        await backend.write(0, pattern(1, 8 * K))
+        await backend.flush()
+
+        def fail(kind, offset):
+            if kind == "write" and offset >= full:
+                raise OSError(errno.ENOSPC, "full")
+
+        full = len(file.content)
+        file.fail = fail
+        allocated = node.image.refcounts.allocated
+        for number in range(40):
+            at = (number + 1) * 20 * K  # clusters, L2 tables, refcount blocks
+            with pytest.raises(OSError, match="full") as caught:
+                await perform(backend, Request("write", at, 3 * K, quick=quick))
+            assert caught.value.errno == errno.ENOSPC
+        assert node.image.refcounts.allocated == allocated  # nothing is kept for who failed
+        await backend.write(0, b"in place")
+        await backend.flush()
+        await backend.discard(4 * K, 4 * K)
+        await backend.flush()
+        await backend.flush()
+        await backend.write(20 * K, b"n" * K)  # where there was room again
+        await backend.flush()
+        file.fail = None
+        await backend.write(40 * K, b"n" * 3 * K)
+    assert_sound(file.content)
+    disk = guest_bytes(file.content)
+    assert disk[: 4 * K] == b"in place" + pattern(1, 8 * K)[8 : 4 * K]
+    assert disk[4 * K : 20 * K] == bytes(16 * K)
+    assert disk[20 * K : 23 * K] == (b"n" * K).ljust(3 * K, b"\0")
+    assert disk[40 * K : 43 * K] == b"n" * 3 * K
 
 
 async def test_an_l1_entry_of_nothing_marked_copied_is_not_taken_for_the_header(image):

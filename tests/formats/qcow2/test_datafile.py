@@ -314,8 +314,9 @@ async def test_what_is_synced_and_when(pair):
         assert pair.calls() == ""
         await backend.write(0, b"x" * C)
         await backend.flush()
-        # data; refcounts and the new table; syncs of both; the entry in L1, and its sync
-        assert pair.calls() == "WwwFfwf"
+        # data; room for the new table; refcounts and the table; syncs of both; the entry in L1,
+        # and its sync
+        assert pair.calls() == "WwwwFfwf"
         await backend.flush()
         assert backend.flush_nowait() is True
         assert pair.calls() == ""
@@ -395,14 +396,16 @@ async def test_a_write_that_fails_reaches_the_client(pair, which):
     async with pair.open(close=False) as (backend, _):
         leaf = getattr(pair, which)
         leaf.fail = failing("write")
-        if which == "data":
-            with pytest.raises(OSError, match="gone"):
-                await backend.write(0, b"x")
-        else:
+        with pytest.raises(OSError, match="gone"):  # in the image: no room for a table
             await backend.write(0, b"x")
-            with pytest.raises(OSError, match="gone"):
-                await backend.flush()
         leaf.fail = None
+        await backend.write(0, b"x")
+        await backend.flush()
+        pair.file.fail = failing("write")
+        await backend.write(C, b"x")
+        with pytest.raises(OSError, match="gone"):
+            await backend.flush()
+        pair.file.fail = None
         await backend.write(0, b"y")
         await backend.flush()
         assert pair.data.content[:1] == b"y"
