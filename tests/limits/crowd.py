@@ -54,6 +54,12 @@ class Honest:
         self.sock = dial(path)
         self._cookie = 0
 
+    def __enter__(self) -> Honest:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.sock.close()
+
     def _ask(self, command: int, offset: int, length: int, payload: bytes = b"") -> None:
         self._cookie += 1
         self.sock.sendall(request(command, self._cookie, offset, length, payload))
@@ -152,6 +158,7 @@ KINDS: dict[str, Callable[[pathlib.Path, int], list[socket.socket]]] = {
     "most of a write, never the rest": hoarding,
     "reads of 4 KiB, nothing read": flooding(4 * KIB),
     "reads of 256 KiB, nothing read": flooding(256 * KIB),
+    "reads of 4 MiB, nothing read": flooding(4 * MIB),
     "reads of 32 MiB, nothing read": flooding(32 * MIB),
     "half-closed, nothing read": half_closed,
 }
