@@ -66,7 +66,8 @@ class Share:
     set."""
 
     __slots__ = (
-        "_budget", "_drop", "_incoming", "_outgoing", "_owes", "_seen", "_ticks", "_wake",
+        "_budget", "_drop", "_incoming", "_outgoing", "_owes", "_seen", "_still",
+        "_still_wanted", "_wake",
         "granted", "held", "moved",
     )  # fmt: skip
 
@@ -87,7 +88,7 @@ class Share:
         self._owes = owes
         self._drop = drop
         self._seen = 0
-        self._ticks = 0
+        self._still = self._still_wanted = 0.0  # seconds
 
     @property
     def short(self) -> bool:
@@ -146,14 +147,14 @@ class Share:
         moved, self._seen = self.moved - self._seen, self.moved
         leaving = self._owes()
         if leaving is None or moved >= MIN_RATE * TICK:
-            self._ticks = 0
+            self._still = self._still_wanted = 0.0
             return
-        self._ticks += 1
-        seconds = self._ticks * TICK
-        if wanted and self.held > SMALL and seconds >= STALL:
-            self._drop(f"stood still for {seconds:g} s while others waited for the memory it held")
-        elif leaving and seconds >= FAREWELL:
-            self._drop(f"said goodbye and has not read its replies for {seconds:g} s")
+        self._still += TICK
+        self._still_wanted = self._still_wanted + TICK if wanted and self.held > SMALL else 0.0
+        if self._still_wanted >= STALL:
+            self._drop(f"stood still for {STALL:g} s while others waited for the memory it held")
+        elif leaving and self._still >= FAREWELL:
+            self._drop(f"said goodbye and has not read its replies for {FAREWELL:g} s")
 
 
 class _Lane:

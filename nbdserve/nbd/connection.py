@@ -14,6 +14,7 @@ client that sends nonsense, or vanishes, ends its own connection and no other.
 from __future__ import annotations
 
 import errno
+import select
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -456,8 +457,15 @@ class Connection:
     def _owes(self) -> bool | None:
         """None if the client waits for us, else whether it has said goodbye."""
         if self._outbox.pending:
-            return self._ended.is_set()
+            return self._ended.is_set() or _has_said_goodbye(self._sock)
         return False if self._intake.incomplete and self._wanted & READABLE else None
 
     def _drop(self, reason: str) -> None:
         self._lose(OSError(errno.ETIMEDOUT, f"the client {reason}"))
+
+
+def _has_said_goodbye(sock: socket.socket) -> bool:
+    """Whether the client has closed its sending half, behind requests that we do not receive."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))

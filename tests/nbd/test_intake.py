@@ -67,6 +67,13 @@ async def test_the_honest_beside_those_that_hold_it_all(leaf, length):
         await settle()
         assert world.budget.short
         honest = await world.connect()
+
+        async def tick():  # who stands still in the lane of others goes
+            while True:
+                await settle()
+                world.budget.look()
+
+        world.nursery.start_soon(tick)
         for _ in range(5):
             data = leaf.data[:length]
             assert (await honest.ask(honest.write(0, bytes(data)))).error == 0
