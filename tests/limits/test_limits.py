@@ -19,13 +19,18 @@ from nbdserve.server import SHUTDOWN_TIMEOUT
 
 KIB, MIB = 1 << 10, 1 << 20
 SMALL_BUDGET = 32 * MIB
-WITH_SMALL_BUDGET = [
-    sys.executable, "-c",
-    "import nbdserve.nbd.budget as budget\n"
-    f"budget.LIMIT = {SMALL_BUDGET}\n"
-    "import runpy\n"
-    "runpy.run_module('nbdserve', run_name='__main__')",
-]  # fmt: skip
+
+
+def with_budget(nb_bytes):
+    """How to start our server with another one."""
+    return [
+        sys.executable, "-c",
+        "import nbdserve.nbd.budget as budget\n"
+        f"budget.LIMIT = {nb_bytes}\n"
+        "import runpy\n"
+        "runpy.run_module('nbdserve', run_name='__main__')",
+    ]  # fmt: skip
+
 
 # What a connection costs that holds nothing: a task or its buffers' heads, its account, 20 KiB in
 # all; and room for the interpreter's own.
@@ -108,7 +113,16 @@ def test_a_thousand_that_send_next_to_nothing(image, kind):
 def test_many_that_hold_what_they_can(image, kind, longest):
     """Each would hold a megabyte or more."""
     number = 250
-    with peers.served(image, program=WITH_SMALL_BUDGET) as server:
+    with peers.served(image, program=with_budget(SMALL_BUDGET)) as server:
+        besiege(server, kind, number, FLOOR + SMALL_BUDGET + 2 * longest + number * BUSY)
+
+
+def test_of_the_test_without_a_budget_they_hold_it(image):
+    kind, longest, number = "reads of 4 MiB, nothing read", 4 * MIB, 100
+    with (
+        peers.served(image, program=with_budget(1 << 60)) as server,
+        pytest.raises(AssertionError, match=r"^\d+ MiB for 100 clients"),
+    ):
         besiege(server, kind, number, FLOOR + SMALL_BUDGET + 2 * longest + number * BUSY)
 
 
