@@ -1,0 +1,58 @@
+"""The table of targets. Nothing of the package is imported here: who fuzzes instruments it first."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+__all__ = ["CORPUS", "TARGETS", "Target"]
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+
+
+@dataclass(frozen=True)
+class Target:
+    """`share`: of the inputs of a long run, in percent. `longest`: bytes of an input. `covers`: what
+    is instrumented, by the beginnings of module names."""
+
+    name: str
+    share: int
+    longest: int
+    covers: tuple[str, ...]
+
+    @property
+    def module(self) -> ModuleType:
+        """It has the target under its own name, `seeds`, a `DICTIONARY`, and what mutate.py uses."""
+        return importlib.import_module(f"fuzz.{self.name}")
+
+    @property
+    def function(self) -> Callable[[bytes], None]:
+        """The target itself."""
+        function: Callable[[bytes], None] = getattr(self.module, self.name)
+        return function
+
+    @property
+    def corpus(self) -> list[bytes]:
+        """The kept inputs, smallest first."""
+        files = (CORPUS / self.name).glob("*")
+        return sorted((file.read_bytes() for file in files), key=lambda data: (len(data), data))
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("handshake", 25, 4096, ("nbdserve.nbd.handshake", "nbdserve.nbd.options",
+                                       "nbdserve.nbd.metacontext")),
+        Target("requests", 30, 2048, ("nbdserve.nbd.requests", "nbdserve.nbd.validate")),
+        Target("option_strings", 25, 512, ("nbdserve.imageopts", "nbdserve.blockdev",
+                                           "nbdserve.units", "nbdserve.inherit", "nbdserve.config",
+                                           "nbdserve.cli.objects", "nbdserve.cli.throttle")),
+        Target("image", 8, 8192, ("nbdserve.formats.qcow2", "nbdserve.block.backend")),
+    )
+}  # fmt: skip
