@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fuzz.mutate import Primitive
 
-__all__ = ["mutate"]
+__all__ = ["HEADER_ACTIONS", "SMALLEST", "mutate"]
 
 FIELDS = {
     4: 4, 8: 8, 16: 4, 20: 4, 24: 8, 32: 4, 36: 4, 40: 8, 48: 8, 56: 4, 60: 4, 64: 8, 72: 8, 80: 8,
@@ -173,3 +173,5 @@ ACTIONS: tuple[Callable[[bytearray, random.Random, Primitive], None], ...] = (
     _field, _field, _entry, _entry, _entry, _entry, _refcount, _refcount, _extension, _end,
     _cluster, _bytes,
 )  # fmt: skip
+
+HEADER_ACTIONS = (_field, _field, _field, _extension, _extension, _bytes)

@@ -18,11 +18,12 @@ CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 @dataclass(frozen=True)
 class Target:
-    """`share`: of the inputs of a long run, in percent. `longest`: bytes of an input. `covers`: what
-    is instrumented, by the beginnings of module names."""
+    """`share`: of the inputs of a long run, in percent. `cost`: of an input, roughly, beside others.
+    `longest`: bytes of an input. `covers`: what is instrumented, by the beginnings of module names."""
 
     name: str
     share: int
+    cost: int
     longest: int
     covers: tuple[str, ...]
 
@@ -47,12 +48,19 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("handshake", 25, 4096, ("nbdserve.nbd.handshake", "nbdserve.nbd.options",
+        Target("handshake", 12, 4, 4400, ("nbdserve.nbd.handshake", "nbdserve.nbd.options",
                                        "nbdserve.nbd.metacontext")),
-        Target("requests", 30, 2048, ("nbdserve.nbd.requests", "nbdserve.nbd.validate")),
-        Target("option_strings", 25, 512, ("nbdserve.imageopts", "nbdserve.blockdev",
+        Target("requests", 35, 2, 2048, ("nbdserve.nbd.requests", "nbdserve.nbd.validate")),
+        Target("transmission", 3, 40, 2048, ("nbdserve.nbd.connection", "nbdserve.nbd.late",
+                                         "nbdserve.nbd.commands", "nbdserve.nbd.replies",
+                                         "nbdserve.nbd.outbox", "nbdserve.nbd.requests",
+                                         "nbdserve.nbd.validate", "nbdserve.block.backend")),
+        Target("header", 10, 3, 4200, ("nbdserve.formats.qcow2.header",
+                                    "nbdserve.formats.qcow2.extensions",
+                                    "nbdserve.formats.qcow2.supported")),
+        Target("image", 5, 25, 8192, ("nbdserve.formats.qcow2", "nbdserve.block.backend")),
+        Target("option_strings", 35, 1, 512, ("nbdserve.imageopts", "nbdserve.blockdev",
                                            "nbdserve.units", "nbdserve.inherit", "nbdserve.config",
                                            "nbdserve.cli.objects", "nbdserve.cli.throttle")),
-        Target("image", 8, 8192, ("nbdserve.formats.qcow2", "nbdserve.block.backend")),
     )
 }  # fmt: skip
