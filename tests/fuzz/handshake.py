@@ -271,6 +271,7 @@ def seeds() -> list[bytes]:
         FIXED + option(INFO, sized(b"x" * 4096) + b"\0\0") + option(INFO, sized(b"x" * 4097) + b"\0\0"),
         FIXED + option(INFO, bytes(LONGEST_INFO)) + option(INFO, bytes(LONGEST_INFO + 1)),
         FIXED + option(INFO, sized(b"a\0b") + b"\0\0"),
+        FIXED + option(STRUCTURED) + option(SET_META, meta(b"", BASE)) + option(SET_META, meta(b"no")) + GO_DEFAULT,
     ]
     return [bytes([pieces]) + stream for stream in streams for pieces in (0, 7)]
 

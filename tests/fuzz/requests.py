@@ -247,6 +247,7 @@ def seeds() -> list[bytes]:
             (0, 127, number % 8, 0),
             (11, number % 5, (number + 2) % 8, number),
             (128, 3, 6, 1),
+            (1, 3, 6, 0),
         ]
     ]
 

@@ -36,7 +36,7 @@ from fuzz.requests import (
 from memory_leaf import MemoryLeaf
 from nbdserve.block.run import Miss
 from nbdserve.nbd import connection, poller
-from transmission import DISC, Client, World, serving
+from transmission import DISC, TRIM, WRITE, WRITE_ZEROES, Client, World, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,6 +111,8 @@ async def _transmission(data: bytes) -> None:
             elif not fails and not asked[answer.cookie].flags:
                 assert not answer.error, f"{asked[answer.cookie]}: {answer.error}, {answer.message}"
         await client.end()
+        if not (fails or leaf.would_block or leaf.miss):
+            check_content(leaf, [request for request in asked.values() if not error_of(request, session)])
         await check_world(world, other, leaf)
 
 
@@ -128,6 +130,18 @@ def numbered(stream: bytes) -> tuple[bytes, dict[int, Foreseen]]:
         asked[number] = request
         at += HEADER + len(request.payload or b"")
     return bytes(changed), asked
+
+
+def check_content(leaf: MemoryLeaf, done: list[Foreseen]) -> None:
+    """What was written is there. Only where all writes are plain ones, which are done at once and so
+    one after the other."""
+    if any(r.command in (TRIM, WRITE_ZEROES) or (r.command == WRITE and r.flags) for r in done):
+        return
+    wanted = bytearray(_TEMPLATE.data)
+    for request in done:
+        if request.payload is not None:
+            wanted[request.offset : request.offset + request.length] = request.payload
+    assert leaf.data == wanted, "other bytes were written than were sent"
 
 
 async def send(client: Client, stream: bytes, piece: int) -> None:
