@@ -57,11 +57,13 @@ class ImageFile(Leaf):
         self.content = bytearray(data)
         self.reads = 0
         self.writes = 0
+        self.nb_bytes = 0
         self.largest = 0
 
     def read_nowait(self, offset: int, buffer: memoryview) -> bool:
         self.reads += 1
         assert self.reads <= MOST_READS, "it reads on and on"
+        self.nb_bytes += len(buffer)
         self.largest = max(self.largest, len(buffer))
         piece = self.content[offset : offset + len(buffer)]
         buffer[:] = piece.ljust(len(buffer), b"\0")
