@@ -1,12 +1,12 @@
 """`python -m fuzz`: every target for its share of the inputs, two side by side, and a summary.
 
-Each target is a process (child.py) that starts from the kept corpus and its own seeds, in a folder of
-its own. The same seed and corpus give the same run. An input that fails is written to
+Each target is a process (child.py) that starts from the kept corpus and its own seeds, in a folder
+of its own. The same seed and corpus give the same run. An input that fails is written to
 build/fuzz/TARGET-crash-... with the traceback; the other targets go on.
 
     python -m fuzz --target handshake --runs 1000000 --seed 1
     python -m fuzz --total 10000000
-    python -m fuzz --keep           # put what is new into tests/fuzz/corpus, and make it small again
+    python -m fuzz --keep           # put what is new into the kept corpus, and make it small again
     python -m fuzz --replay FILE --target image
 """
 
@@ -26,7 +26,7 @@ from fuzz.targets import TARGETS, Target
 
 BUILD = pathlib.Path("build/fuzz")
 
-# An input may take that many seconds, and a process so many MiB, before libFuzzer calls it a failure.
+# Seconds that an input may take, and MiB that a process may hold, before that is a failure.
 SLOWEST, LARGEST = 20, 2048
 
 
@@ -50,7 +50,10 @@ class Result:
         )
 
 
-HEADING = f"{'target':15} {'inputs':>11} {'seconds':>8} {'a second':>8} {'corpus':>7} {'features':>9} {'failures':>9}"
+HEADING = (
+    f"{'target':15} {'inputs':>11} {'seconds':>8} {'a second':>8}"
+    f" {'corpus':>7} {'features':>9} {'failures':>9}"
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -58,19 +61,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fuzz", description="Fuzz, coverage-guided (make fuzz).")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all in turn")
     parser.add_argument("--runs", type=int, help="inputs for each target")
-    parser.add_argument("--total", type=int, default=1_000_000,
-                        help="inputs for all, by their shares; default: %(default)s")
+    parser.add_argument(
+        "--total",
+        type=int,
+        default=1_000_000,
+        help="inputs for all, by their shares; default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="at once; default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="add what is new to the kept corpus")
-    parser.add_argument("--replay", type=pathlib.Path, metavar="FILE",
-                        help="run one input through the --target")
-    return parser.parse_args(argv)  # fmt: skip
+    parser.add_argument(
+        "--replay", type=pathlib.Path, metavar="FILE", help="run one input through the --target"
+    )
+    return parser.parse_args(argv)
 
 
 def runs_of(target: Target, options: argparse.Namespace) -> int:
     """How many inputs it gets."""
-    return options.runs or max(1, options.total * target.share // 100)
+    return int(options.runs) if options.runs else max(1, int(options.total) * target.share // 100)
 
 
 def fuzz(target: Target, runs: int, seed: int) -> Result:
@@ -82,18 +90,26 @@ def fuzz(target: Target, runs: int, seed: int) -> Result:
     write_start(target, folder)
     log = BUILD / f"{target.name}.log"
     flags = [
-        f"-runs={runs}", f"-seed={seed}", f"-max_len={target.longest}", f"-timeout={SLOWEST}",
-        f"-rss_limit_mb={LARGEST}", "-print_final_stats=1", f"-dict={write_dictionary(target)}",
+        f"-runs={runs}",
+        f"-seed={seed}",
+        f"-max_len={target.longest}",
+        f"-timeout={SLOWEST}",
+        f"-rss_limit_mb={LARGEST}",
+        "-print_final_stats=1",
+        f"-dict={write_dictionary(target)}",
         f"-artifact_prefix={BUILD}/{target.name}-",
-    ]  # fmt: skip
+    ]
     # The order of sets and dicts must be the same in each run.
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     began = time.monotonic()
     with log.open("wb") as output:
         code = subprocess.run(
             [sys.executable, "-m", "fuzz.child", target.name, *flags, str(folder)],
-            stdout=output, stderr=subprocess.STDOUT, env=environment, check=False,
-        ).returncode  # fmt: skip
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
+        ).returncode
     seconds = time.monotonic() - began
     text = log.read_text(errors="replace")
     result = read_log(target, text, seconds, code)
@@ -157,11 +173,15 @@ def main(argv: list[str]) -> int:
     seconds = max(result.seconds for result in results)
     failures = sum(result.failures for result in results)
     inputs = sum(result.inputs for result in results)
-    print(f"{inputs:,} inputs, seed {options.seed}, {failures} failures; the longest {seconds:.0f} s")
+    print(
+        f"{inputs:,} inputs, seed {options.seed}, {failures} failures; the longest {seconds:.0f} s"
+    )
     if options.keep and not failures:
         for target in targets:
-            subprocess.run([sys.executable, "-m", "fuzz.keep", target.name, str(BUILD / target.name)],
-                           check=True)  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-m", "fuzz.keep", target.name, str(BUILD / target.name)],
+                check=True,
+            )
     return int(failures > 0)
 
 

@@ -1,4 +1,5 @@
-"""Handshake bytes: exactly the replies and the outcome that a naive reading of the document foresees.
+"""Handshake bytes: exactly the replies and the outcome that a naive reading of the document
+foresees.
 
 No other exception, however the bytes are split, and never more than one message held. The first
 byte of an input says how the rest is split: into pieces of so many bytes, 0 for not at all.
@@ -88,7 +89,8 @@ def handshake(data: bytes) -> None:
 
 
 def split_replies(replies: bytes, raw: int) -> list[tuple[int, int]]:
-    """(option, type) of each option reply. Raises AssertionError for one that is not well-formed."""
+    """(option, type) of each option reply. Raises AssertionError for one that is not
+    well-formed."""
     found = []
     end = len(replies) - raw
     assert end >= 0
@@ -226,7 +228,7 @@ def _string(data: bytes, at: int) -> tuple[bytes | None, int]:
     return (data[at + 4 : end], end) if end <= len(data) else (None, at)
 
 
-# --- what fuzzing starts from ----------------------------------------------------------------------
+# --- what fuzzing starts from --------------------------------------------------------------------
 
 
 def sized(text: bytes) -> bytes:
@@ -253,7 +255,9 @@ def seeds() -> list[bytes]:
         struct.pack(">I", 4) + option(LIST),
         FIXED + option(STRUCTURED) + option(SET_META, meta(b"", BASE)) + GO_DEFAULT,
         FIXED + option(STRUCTURED) * 2 + option(SET_META, meta(b"vol", BASE)) + GO_DEFAULT,
-        FIXED + option(INFO, sized(b"vol") + b"\0\3\0\1\0\2\0\3") + option(GO, sized(b"vol") + b"\0\0"),
+        FIXED
+        + option(INFO, sized(b"vol") + b"\0\3\0\1\0\2\0\3")
+        + option(GO, sized(b"vol") + b"\0\0"),
         FIXED + option(STARTTLS) + option(STARTTLS, b"x") + option(PEEK) + option(77, b"data"),
         FIXED + option(LIST, b"\0") + option(STRUCTURED, b"\0") + option(ABORT, b"\0"),
         FIXED + option(SET_META, meta(b"", BASE)) + option(LIST_META, meta(b"")),
@@ -261,27 +265,48 @@ def seeds() -> list[bytes]:
         FIXED + option(INFO, sized(b"no") + b"\0\0") + option(LIST_META, meta(b"no")),
         FIXED + option(GO, sized(b"") + b"\0\1") + option(GO, sized(b"") + b"\0\0\0"),
         FIXED + option(GO, b"\xff\xff\xff\xff\0\0") + option(GO, b"\0\0") + option(GO),
-        FIXED + option(LIST_META, sized(b"") + b"\0\0\1\1") + option(LIST_META, sized(b"") + b"\0\0\0\1"),
-        FIXED + option(LIST_META, meta(b"", *[b""] * 257)) + option(LIST_META, meta(b"", *[b""] * 256)),
+        FIXED
+        + option(LIST_META, sized(b"") + b"\0\0\1\1")
+        + option(LIST_META, sized(b"") + b"\0\0\0\1"),
+        FIXED
+        + option(LIST_META, meta(b"", *[b""] * 257))
+        + option(LIST_META, meta(b"", *[b""] * 256)),
         FIXED + option(LIST) * 129,
         FIXED + b"IHAVEOPT" + struct.pack(">II", LIST, (32 << 20) + 1) + b"x",
         FIXED + b"IHAVEOPT" + struct.pack(">II", 99, 32 << 20) + b"x",
         FIXED + option(NAME, b"x" * 4096),
         FIXED + option(NAME, b"x" * 4097),
-        FIXED + option(INFO, sized(b"x" * 4096) + b"\0\0") + option(INFO, sized(b"x" * 4097) + b"\0\0"),
+        FIXED
+        + option(INFO, sized(b"x" * 4096) + b"\0\0")
+        + option(INFO, sized(b"x" * 4097) + b"\0\0"),
         FIXED + option(INFO, bytes(LONGEST_INFO)) + option(INFO, bytes(LONGEST_INFO + 1)),
         FIXED + option(INFO, sized(b"a\0b") + b"\0\0"),
-        FIXED + option(STRUCTURED) + option(SET_META, meta(b"", BASE)) + option(SET_META, meta(b"no")) + GO_DEFAULT,
+        FIXED
+        + option(STRUCTURED)
+        + option(SET_META, meta(b"", BASE))
+        + option(SET_META, meta(b"no"))
+        + GO_DEFAULT,
     ]
     return [bytes([pieces]) + stream for stream in streams for pieces in (0, 7)]
 
 
 DICTIONARY = [
-    b"IHAVEOPT", BASE, b"base:", b"vol", FIXED,
+    b"IHAVEOPT",
+    BASE,
+    b"base:",
+    b"vol",
+    FIXED,
     *[option(number) for number in range(1, 11)],
-    GO_DEFAULT, option(SET_META, meta(b"", BASE)), option(GO, sized(b"vol") + b"\0\1\0\3"),
-    b"\0\0\0\0", b"\0\0\0\1", b"\xff\xff\xff\xff", b"\0\0\x10\0", b"\0\0\x10\1", b"\0\1\0\0",
-]  # fmt: skip
+    GO_DEFAULT,
+    option(SET_META, meta(b"", BASE)),
+    option(GO, sized(b"vol") + b"\0\1\0\3"),
+    b"\0\0\0\0",
+    b"\0\0\0\1",
+    b"\xff\xff\xff\xff",
+    b"\0\0\x10\0",
+    b"\0\0\x10\1",
+    b"\0\1\0\0",
+]
 
 MESSAGE_MAGIC = b"IHAVEOPT"
 HEAD = 5  # bytes: the size of the pieces, client flags

@@ -1,11 +1,11 @@
-"""The first cluster of a qcow2 file: a header whose every promise holds, or a refusal of one line that
-names the file.
+"""The first cluster of a qcow2 file: a header whose every promise holds, or a refusal of one line
+that names the file.
 
 What `parse_header` lets through needs no second look, so it gets one here, by a reader of its own:
 tables aligned, apart, within the file and the limits, extensions within their area, names within
 theirs. Nothing else is raised, whatever size the file is said to have: the first byte of an input
-says that (0: as large as the rest, else a power of two), so that limits are met which a file of some
-kilobytes never reaches.
+says that (0: as large as the rest, else a power of two), so that limits are met which a file of
+some kilobytes never reaches.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def header(data: bytes) -> None:
     for read_only in (False, True):
         try:
             check_supported(parsed, NAME, read_only=read_only)
-        except ImageError as error:
-            assert str(error).isprintable()
+        except ImageError:
             continue
         assert read_only or not parsed.nb_snapshots
         assert not parsed.crypt_method
@@ -100,7 +99,9 @@ def check_tables(parsed: Header, file_size: int) -> None:
     for offset, nb_bytes, limit in tables:
         assert nb_bytes <= limit, f"a table of {nb_bytes} bytes, {limit} are allowed"
         assert offset % unit == 0, f"a table at {offset:#x}, within a cluster"
-        assert not nb_bytes or offset + nb_bytes <= file_size, f"a table at {offset:#x}, past the end"
+        assert not nb_bytes or offset + nb_bytes <= file_size, (
+            f"a table at {offset:#x}, past the end"
+        )
     ends = 0
     for offset, nb_bytes, _ in sorted(table for table in tables if table[1]):
         assert offset >= ends, f"the table at {offset:#x} overlaps another"
@@ -115,7 +116,9 @@ def check_extensions(parsed: Header, file: bytes) -> None:
     assert parsed.header_length <= end <= parsed.cluster_size
     at = parsed.header_length
     for kind, data in parsed.extensions:
-        assert (kind, len(data)) == struct.unpack_from(">II", file, at), f"not the extension at {at}"
+        assert (kind, len(data)) == struct.unpack_from(">II", file, at), (
+            f"not the extension at {at}"
+        )
         assert at + 8 + len(data) <= end, f"the extension at {at} runs beyond {end}"
         assert data == file[at + 8 : at + 8 + len(data)]
         at += 8 + -(-len(data) // 8) * 8
@@ -125,7 +128,7 @@ def check_extensions(parsed: Header, file: bytes) -> None:
         assert name.isprintable() or not name
 
 
-# --- what fuzzing starts from ----------------------------------------------------------------------
+# --- what fuzzing starts from --------------------------------------------------------------------
 
 
 def seeds() -> list[bytes]:

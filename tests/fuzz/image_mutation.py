@@ -1,4 +1,5 @@
-"""Mutations of a qcow2 file that know its fields, so that what comes out still has a header and tables.
+"""Mutations of a qcow2 file that know its fields, so that what comes out still has a header and
+tables.
 
 A mutation changes one to three things: a field of the header, an entry of a table or a refcount, a
 header extension, the file's end, a cluster as a whole; or it is libFuzzer's own within one cluster.
@@ -19,9 +20,25 @@ if TYPE_CHECKING:
 __all__ = ["HEADER_ACTIONS", "SMALLEST", "mutate"]
 
 FIELDS = {
-    4: 4, 8: 8, 16: 4, 20: 4, 24: 8, 32: 4, 36: 4, 40: 8, 48: 8, 56: 4, 60: 4, 64: 8, 72: 8, 80: 8,
-    88: 8, 96: 4, 100: 4, 104: 1,
-}  # fmt: skip
+    4: 4,
+    8: 8,
+    16: 4,
+    20: 4,
+    24: 8,
+    32: 4,
+    36: 4,
+    40: 8,
+    48: 8,
+    56: 4,
+    60: 4,
+    64: 8,
+    72: 8,
+    80: 8,
+    88: 8,
+    96: 4,
+    100: 4,
+    104: 1,
+}
 """Of the header: offset and bytes."""
 
 SMALLEST = 512
@@ -38,7 +55,9 @@ def mutate(data: bytes, longest: int, chance: random.Random, primitive: Primitiv
         return primitive(data, longest)
     image = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        chance.choice(ACTIONS if len(image) >= SMALLEST else (_field, _end))(image, chance, primitive)
+        chance.choice(ACTIONS if len(image) >= SMALLEST else (_field, _end))(
+            image, chance, primitive
+        )
     if chance.random() < 0.98:
         image[:4] = b"QFI\xfb"
     return bytes(image[:longest])
@@ -65,7 +84,9 @@ def _value(image: bytearray, chance: random.Random, old: int) -> int:
     if kind == 5:
         return old + chance.choice((-unit, -1, 1, unit, 2, 8, 512))
     if kind == 6:
-        return chance.choice((0, 1, 2, 3, 4, 9, 21, 72, 104, 112, 255, 511, 1023, 1024, 65535, 65536))
+        return chance.choice(
+            (0, 1, 2, 3, 4, 9, 21, 72, 104, 112, 255, 511, 1023, 1024, 65535, 65536)
+        )
     if kind == 7:
         return 1 << chance.randrange(64)
     return (1 << chance.choice((16, 20, 22, 25, 32, 56, 63, 64))) - chance.choice((0, 1, 8))
@@ -92,8 +113,7 @@ def _place(image: bytearray, chance: random.Random, *, first: int) -> int | None
     unit = _unit(image)
     count = min(unit, len(image) - offset) // 8
     entries = [
-        entry & 0x00FFFFFFFFFFFE00
-        for entry in struct.unpack_from(f">{count}Q", image, offset)
+        entry & 0x00FFFFFFFFFFFE00 for entry in struct.unpack_from(f">{count}Q", image, offset)
     ]
     below = [entry for entry in entries if entry and entry + unit <= len(image)]
     return chance.choice(below) if below else int(offset)
@@ -105,7 +125,9 @@ def _entry(image: bytearray, chance: random.Random, _primitive: Primitive) -> No
         return
     count = min(_unit(image), len(image) - table) // 8
     used = [n for n in range(count) if any(image[table + 8 * n : table + 8 * n + 8])]
-    at = table + 8 * (chance.choice(used) if used and chance.random() < 0.7 else chance.randrange(count))
+    at = table + 8 * (
+        chance.choice(used) if used and chance.random() < 0.7 else chance.randrange(count)
+    )
     (old,) = struct.unpack_from(">Q", image, at)
     if used and chance.random() < 0.3:  # what another one has
         other = table + 8 * chance.choice(used)
@@ -170,8 +192,18 @@ def _bytes(image: bytearray, chance: random.Random, primitive: Primitive) -> Non
 
 
 ACTIONS: tuple[Callable[[bytearray, random.Random, Primitive], None], ...] = (
-    _field, _field, _entry, _entry, _entry, _entry, _refcount, _refcount, _extension, _end,
-    _cluster, _bytes,
-)  # fmt: skip
+    _field,
+    _field,
+    _entry,
+    _entry,
+    _entry,
+    _entry,
+    _refcount,
+    _refcount,
+    _extension,
+    _end,
+    _cluster,
+    _bytes,
+)
 
 HEADER_ACTIONS = (_field, _field, _field, _extension, _extension, _bytes)

@@ -3,8 +3,8 @@
     python -m fuzz.keep TARGET FOLDER    # with the inputs of FOLDER
 
 What an input reaches is the set of steps from one line to the next in the modules that its target
-covers, seen by tracing; libFuzzer's own measure, which counts how often too, would keep ten times as
-many. The smallest inputs are asked first, and one that adds nothing is dropped.
+covers, seen by tracing; libFuzzer's own measure, which counts how often too, would keep ten times
+as many. The smallest inputs are asked first, and one that adds nothing is dropped.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from fuzz.targets import CORPUS, TARGETS, Target
 if TYPE_CHECKING:
     from types import FrameType
 
+    from _typeshed import TraceFunction
+
     Arc = tuple[str, int, int]
 
 __all__ = ["arcs", "smallest"]
@@ -30,14 +32,14 @@ def arcs(target: Target, data: bytes) -> set[Arc]:
     found: set[Arc] = set()
     covers = target.covers
 
-    def local(frame: FrameType, event: str, _arg: object) -> object:
+    def local(frame: FrameType, event: str, _arg: object) -> TraceFunction:
         if event == "line":
             code = frame.f_code
             found.add((code.co_filename, last.get(id(frame), 0), frame.f_lineno))
             last[id(frame)] = frame.f_lineno
         return local
 
-    def enter(frame: FrameType, _event: str, _arg: object) -> object:
+    def enter(frame: FrameType, _event: str, _arg: object) -> TraceFunction | None:
         if frame.f_globals.get("__name__", "").startswith(covers):
             last.pop(id(frame), None)
             return local

@@ -7,15 +7,14 @@ plant nothing.
 
 from __future__ import annotations
 
-import __future__
 import inspect
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FunctionType
 
 __all__ = ["Bug", "planted"]
@@ -25,7 +24,7 @@ __all__ = ["Bug", "planted"]
 class Bug:
     """`old` in the source of `function` becomes `new`."""
 
-    function: FunctionType
+    function: Callable[..., object]
     old: str
     new: str
 
@@ -35,13 +34,15 @@ def planted(bug: Bug) -> Iterator[None]:
     """The bug is there for the body."""
     source = textwrap.dedent(inspect.getsource(bug.function))
     assert source.count(bug.old) == 1, f"{bug.old!r} is not once in {bug.function.__qualname__}"
-    flags = __future__.annotations.compiler_flag
     scope: dict[str, FunctionType] = {}
-    code = compile(source.replace(bug.old, bug.new), "<planted>", "exec", flags, dont_inherit=True)
-    exec(code, bug.function.__globals__, scope)  # noqa: S102 - our own source, one line changed
-    before = bug.function.__code__
-    bug.function.__code__ = scope[bug.function.__name__].__code__
+    code = compile(source.replace(bug.old, bug.new), "<planted>", "exec")
+    exec(
+        code, cast("FunctionType", bug.function).__globals__, scope
+    )  # our own source, one line of it changed
+    function = cast("FunctionType", bug.function)
+    before = function.__code__
+    function.__code__ = scope[function.__name__].__code__
     try:
         yield
     finally:
-        bug.function.__code__ = before
+        function.__code__ = before

@@ -1,10 +1,10 @@
 """qcow2 images in memory, made and read without the package: what the image target starts from and
 what it believes.
 
-`build` makes an image of some kilobytes, by default one with each kind of cluster. `Naive` reads any
-image whose header is sound, cluster by cluster, from the specification: what a guest cluster reads
-as, or that it cannot be read. `trusted` says whether writing to the image can be expected to leave
-everything else as it is: it cannot where refcounts lie or two clusters share their place.
+`build` makes an image of some kilobytes, by default one with each kind of cluster. `Naive` reads
+any image whose header is sound, cluster by cluster, from the specification: what a guest cluster
+reads as, or that it cannot be read. `trusted` says whether writing to the image can be expected to
+leave everything else as it is: it cannot where refcounts lie or two clusters share their place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 from isal import isal_zlib
@@ -28,13 +28,18 @@ BACKING_FORMAT, BITMAPS, DATA_FILE, NAMES = 0xE2792ACA, 0x23852875, 0x44415441, 
 KINDS = ("data", "none", "zero", "reserved", "compressed", "compressed", "data", "data", "shared")
 MAX_ZSTD_WINDOW = 8 << 20
 
+# isal's stub declares its exception as an instance of Exception.
+ERRORS: Any = (zstandard.ZstdError, isal_zlib.IsalError)
 
-# --- made ------------------------------------------------------------------------------------------
+
+# --- made ----------------------------------------------------------------------------------------
 
 
 def content(guest: int, nb_bytes: int) -> bytes:
     """What is in a cluster: the same for each, and no two periods of it alike."""
-    return bytes((position * 7 + guest * 31 + position // 251) % 251 for position in range(nb_bytes))
+    return bytes(
+        (position * 7 + guest * 31 + position // 251) % 251 for position in range(nb_bytes)
+    )
 
 
 def build(
@@ -51,8 +56,8 @@ def build(
     backing: bytes = b"",
     nb_snapshots: int = 0,
 ) -> bytes:
-    """An image whose guest clusters from `at` on, in one L2 table, are of these kinds. The header, L1
-    table, refcount table, refcount block and L2 table are its first clusters. `features`:
+    """An image whose guest clusters from `at` on, in one L2 table, are of these kinds. The header,
+    L1 table, refcount table, refcount block and L2 table are its first clusters. `features`:
     incompatible and autoclear ones."""
     unit = 1 << cluster_bits
     per_table = unit // 8
@@ -62,7 +67,7 @@ def build(
     covered = per_table * unit
     l1 = [0] * max(1, -(-size // covered))
     clusters = [bytes(unit)] * 5
-    counts = {number: 1 for number in range(5)}
+    counts = dict.fromkeys(range(5), 1)
     l2 = [0] * per_table
     for number, kind in enumerate(kinds):
         guest = at + number
@@ -74,9 +79,19 @@ def build(
         counts[len(clusters)] = 1
         clusters.append(bytes(unit))
     clusters[0] = _header(
-        unit, version, size, cluster_bits, len(l1), refcount_order, zstd, features, extensions,
-        backing, nb_snapshots, snapshots,
-    )  # fmt: skip
+        unit,
+        version,
+        size,
+        cluster_bits,
+        len(l1),
+        refcount_order,
+        zstd,
+        features,
+        extensions,
+        backing,
+        nb_snapshots,
+        snapshots,
+    )
     clusters[1] = _table(l1, unit)
     clusters[2] = _table([3 * unit], unit)
     clusters[3] = _refcounts(counts, refcount_order, unit)
@@ -128,10 +143,19 @@ def _refcounts(counts: dict[int, int], order: int, unit: int) -> bytes:
 
 
 def _header(
-    unit: int, version: int, size: int, cluster_bits: int, l1_size: int, order: int, zstd: bool,
-    features: tuple[int, int], extensions: Iterable[tuple[int, bytes]], backing: bytes,
-    nb_snapshots: int, snapshots: int,
-) -> bytes:  # fmt: skip
+    unit: int,
+    version: int,
+    size: int,
+    cluster_bits: int,
+    l1_size: int,
+    order: int,
+    zstd: bool,
+    features: tuple[int, int],
+    extensions: Iterable[tuple[int, bytes]],
+    backing: bytes,
+    nb_snapshots: int,
+    snapshots: int,
+) -> bytes:
     tail = b"".join(
         struct.pack(">II", kind, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
         for kind, data in extensions
@@ -144,15 +168,27 @@ def _header(
         )
     start = 72 + len(extra)
     head = struct.pack(
-        ">4sIQIIQIIQQIIQ", b"QFI\xfb", version, start + len(tail) if backing else 0, len(backing),
-        cluster_bits, size, 0, l1_size, unit, 2 * unit, 1, nb_snapshots, snapshots * unit,
-    )  # fmt: skip
+        ">4sIQIIQIIQQIIQ",
+        b"QFI\xfb",
+        version,
+        start + len(tail) if backing else 0,
+        len(backing),
+        cluster_bits,
+        size,
+        0,
+        l1_size,
+        unit,
+        2 * unit,
+        1,
+        nb_snapshots,
+        snapshots * unit,
+    )
     cluster = (head + extra + tail + backing).ljust(unit, b"\0")
     assert len(cluster) == unit, "the header does not fit"
     return cluster
 
 
-# --- read ------------------------------------------------------------------------------------------
+# --- read ----------------------------------------------------------------------------------------
 
 
 class Naive:
@@ -168,7 +204,9 @@ class Naive:
         self.size = layout.size // 512 * 512
         self.nb_clusters = -(-self.size // self.unit)
         self._backing = backing
-        self._zstd = layout.version == 3 and struct.unpack_from(">I", image, 100)[0] > 104 and image[104]
+        self._zstd = (
+            layout.version == 3 and struct.unpack_from(">I", image, 100)[0] > 104 and image[104]
+        )
         self._tables: dict[int, list[int] | None] = {}
         known = COPIED | COMPRESSED | (OFFSET & -self.unit)
         self._reserved = ~(known | ZERO if layout.version == 3 else known)
@@ -176,7 +214,7 @@ class Naive:
     @property
     def nb_tables(self) -> int:
         """The L1 entries that the disk needs."""
-        return -(-self.nb_clusters // (self.unit // 8))
+        return int(-(-self.nb_clusters // (self.unit // 8)))
 
     def table(self, index: int) -> list[int] | None:
         """The L2 table of an L1 entry; None: it lies where none can be."""
@@ -184,7 +222,11 @@ class Naive:
             offset = self.layout.l1[index] & OFFSET
             count = self.unit // 8
             self._tables[index] = (
-                None if offset % self.unit else self.layout.words(offset, count) if offset else [0] * count
+                None
+                if offset % self.unit
+                else self.layout.words(offset, count)
+                if offset
+                else [0] * count
             )
         return self._tables[index]
 
@@ -205,9 +247,11 @@ class Naive:
                 entries = self.table(index)
                 count = min(self.unit // 8, self.nb_clusters - first)
                 # Of a table in an impossible place the first cluster tells as much as all.
-                found += [first] if entries is None else [
-                    first + number for number in range(count) if entries[number]
-                ]  # fmt: skip
+                found += (
+                    [first]
+                    if entries is None
+                    else [first + number for number in range(count) if entries[number]]
+                )
             if len(found) >= most:
                 break
         return found[:most]
@@ -240,7 +284,7 @@ class Naive:
                     data = reader.read(self.unit)
             else:
                 data = isal_zlib.decompressobj(-15).decompress(packed, self.unit)
-        except (zstandard.ZstdError, isal_zlib.IsalError):
+        except ERRORS:
             return None
         return data if len(data) == self.unit else None
 
@@ -277,8 +321,8 @@ class Naive:
 
 
 def trusted(naive: Naive) -> tuple[bool, int]:
-    """Whether each host cluster is counted at least as often as it is used, and used once unless for
-    compressed data only; and how many are counted more often than used."""
+    """Whether each host cluster is counted at least as often as it is used, and used once unless
+    for compressed data only; and how many are counted more often than used."""
     unit = naive.unit
     uses: Counter[int] = Counter()
     wholes: Counter[int] = Counter()

@@ -1,20 +1,20 @@
-"""Transmission bytes, parsed only: the requests that a naive parser sees, payloads unharmed, and the
-error for each that the document wants; or the stream ends where it breaks.
+"""Transmission bytes, parsed only: the requests that a naive parser sees, payloads unharmed, and
+the error for each that the document wants; or the stream ends where it breaks.
 
 Nothing but ProtocolError is raised and no byte is lost, however the bytes are split, however few
 requests are taken at a time, and whichever batches are pinned. The first four bytes of an input
 decide that and what the session is: see `Session`. Buffers and payloads are smaller here than in a
-server (`small_buffers`), so that inputs of some kilobytes meet their ends.
+server (`SMALL`), so that inputs of some kilobytes meet their ends.
 """
 
 from __future__ import annotations
 
 import random
 import struct
-from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from fuzz.scale import scaled
 from nbdserve.nbd import requests as parser
 from nbdserve.nbd import validate as validation
 from nbdserve.nbd.proto import TransmissionFlag
@@ -28,13 +28,19 @@ from nbdserve.nbd.requests import (
 from nbdserve.nbd.validate import Validator
 from transmission import BLOCK_STATUS, CACHE, DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, request
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 __all__ = [
-    "DICTIONARY", "MESSAGE_MAGIC", "SIZE", "Foreseen", "error_of", "fix_length", "foresee",
-    "requests", "seeds", "small_buffers", "split",
-]  # fmt: skip
+    "DICTIONARY",
+    "MESSAGE_MAGIC",
+    "SIZE",
+    "SMALL",
+    "Foreseen",
+    "error_of",
+    "fix_length",
+    "foresee",
+    "requests",
+    "seeds",
+    "split",
+]
 
 MAGIC = 0x25609513
 HEADER = 28
@@ -137,20 +143,17 @@ def error_of(asked: Foreseen, session: Session) -> int:
     return EINVAL if command == BLOCK_STATUS and not length else 0
 
 
-@contextmanager
-def small_buffers() -> Iterator[None]:
-    """CAPACITY and LONGEST in place of 1 and 64 MiB, which would be filled with zeroes each time."""
-    before = parser.CAPACITY, parser.MAXIMUM_PAYLOAD, validation.MAXIMUM_PAYLOAD
-    parser.CAPACITY, parser.MAXIMUM_PAYLOAD, validation.MAXIMUM_PAYLOAD = CAPACITY, LONGEST, LONGEST
-    try:
-        yield
-    finally:
-        parser.CAPACITY, parser.MAXIMUM_PAYLOAD, validation.MAXIMUM_PAYLOAD = before
+SMALL = [
+    (parser, "CAPACITY", CAPACITY),
+    (parser, "MAXIMUM_PAYLOAD", LONGEST),
+    (validation, "MAXIMUM_PAYLOAD", LONGEST),
+]
+"""In place of 1 and 64 MiB, which would be filled with zeroes each time."""
 
 
 def requests(data: bytes) -> None:
     """The target."""
-    with small_buffers():
+    with scaled(SMALL):
         _requests(data)
 
 
@@ -174,8 +177,7 @@ def _requests(data: bytes) -> None:
         while True:
             try:
                 batch = buffer.parse(session.limit)
-            except ProtocolError as error:
-                assert "\n" not in str(error)
+            except ProtocolError:
                 broken = True
                 break
             if not batch:
@@ -185,8 +187,8 @@ def _requests(data: bytes) -> None:
                 assert number < len(expected), f"one request too many: {found}"
                 check(found, expected[number])
                 flags, command, _, offset, length, _ = asked = expected[number]
-                error = validate(flags, command, offset, length)
-                assert error == error_of(asked, session), f"{asked} in {session}: {error}"
+                verdict = validate(flags, command, offset, length)
+                assert verdict == error_of(asked, session), f"{asked} in {session}: {verdict}"
                 number += 1
             if session.seed and chance.random() < 0.3:
                 buffer.pin()
@@ -204,10 +206,10 @@ def check(found: Request, asked: Foreseen) -> None:
     assert (flags_of(head), command_of(head)) == asked[:2], f"{head:#x} for {asked}"
     assert (cookie, offset, length) == asked[2:5], f"{found} for {asked}"
     assert (payload is None) is (asked.payload is None)
-    assert payload is None or payload == asked.payload, "another payload"
+    assert payload is None or bytes(payload) == asked.payload, "another payload"
 
 
-# --- what fuzzing starts from ----------------------------------------------------------------------
+# --- what fuzzing starts from --------------------------------------------------------------------
 
 
 def streams() -> list[bytes]:
@@ -222,12 +224,19 @@ def streams() -> list[bytes]:
         request(WRITE, 4, 0, LONGEST) + b"x" * 300,
         request(WRITE, 5, SIZE - 10, 100, 0, b"e" * 100) + read,
         request(WRITE, 5, 0, 0) + request(READ, 6, SIZE, 0),
-        request(READ, 6, SIZE - 1, 2) + request(READ, 6, (1 << 64) - 1, 1) + request(READ, 7, 0, SIZE),
+        request(READ, 6, SIZE - 1, 2)
+        + request(READ, 6, (1 << 64) - 1, 1)
+        + request(READ, 7, 0, SIZE),
         request(READ, 8, 0, 40_000, DF) + request(READ, 9, 0, 0xFFFFFFFF, DF),
         request(FLUSH, 1, 0, 0) + request(FLUSH, 2, 0, 1) + request(FLUSH, 3, 0, 0, FUA),
-        request(TRIM, 1, 0, SIZE) + request(TRIM, 2, 1, 0xFFFFFFFF) + request(TRIM, 3, 5, 9000, FUA),
+        request(TRIM, 1, 0, SIZE)
+        + request(TRIM, 2, 1, 0xFFFFFFFF)
+        + request(TRIM, 3, 5, 9000, FUA),
         request(CACHE, 1, 0, SIZE) + request(CACHE, 2, SIZE, 1),
-        *[request(WRITE_ZEROES, 1, 100, 70_000, flags) + read for flags in (0, FUA, NO_HOLE, FAST_ZERO)],
+        *[
+            request(WRITE_ZEROES, 1, 100, 70_000, flags) + read
+            for flags in (0, FUA, NO_HOLE, FAST_ZERO)
+        ],
         request(BLOCK_STATUS, 1, 0, SIZE) + request(BLOCK_STATUS, 2, 0, SIZE, REQ_ONE),
         request(BLOCK_STATUS, 3, 0, 0) + request(BLOCK_STATUS, 4, SIZE - 512, 512, FUA),
         request(8, 1, 0, 0) + request(0xFFFF, 2, 0, 0, 0xFFFF) + read,
@@ -254,10 +263,18 @@ def seeds() -> list[bytes]:
 
 DICTIONARY = [
     *[request(command, 7, 0, 512)[:8] for command in range(9)],
-    request(WRITE, 7, 0, 4, 0, b"data"), request(WRITE, 8, 0, 0), request(BLOCK_STATUS, 9, 0, 4096, 8),
-    struct.pack(">I", SIZE), struct.pack(">Q", SIZE), struct.pack(">I", SIZE + 1),
-    struct.pack(">I", LONGEST), struct.pack(">I", LONGEST + 1), b"\xff" * 8, b"\xff" * 4, b"\0" * 8,
-]  # fmt: skip
+    request(WRITE, 7, 0, 4, 0, b"data"),
+    request(WRITE, 8, 0, 0),
+    request(BLOCK_STATUS, 9, 0, 4096, 8),
+    struct.pack(">I", SIZE),
+    struct.pack(">Q", SIZE),
+    struct.pack(">I", SIZE + 1),
+    struct.pack(">I", LONGEST),
+    struct.pack(">I", LONGEST + 1),
+    b"\xff" * 8,
+    b"\xff" * 4,
+    b"\0" * 8,
+]
 
 MESSAGE_MAGIC = struct.pack(">I", MAGIC)
 

@@ -1,4 +1,5 @@
-"""The table of targets. Nothing of the package is imported here: who fuzzes instruments it first."""
+"""The table of targets. Nothing of the package is imported here: who fuzzes instruments it
+first."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 @dataclass(frozen=True)
 class Target:
-    """`share`: of the inputs of a long run, in percent. `cost`: of an input, roughly, beside others.
-    `longest`: bytes of an input. `covers`: what is instrumented, by the beginnings of module names."""
+    """`share`: of the inputs of a long run, in percent. `cost`: of an input, roughly, beside
+    others. `longest`: bytes of an input. `covers`: what is instrumented, by the beginnings of
+    module names."""
 
     name: str
     share: int
@@ -29,7 +31,8 @@ class Target:
 
     @property
     def module(self) -> ModuleType:
-        """It has the target under its own name, `seeds`, a `DICTIONARY`, and what mutate.py uses."""
+        """It has the target under its own name, `seeds`, a `DICTIONARY`, and what mutate.py
+        uses."""
         return importlib.import_module(f"fuzz.{self.name}")
 
     @property
@@ -48,19 +51,56 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("handshake", 12, 4, 4400, ("nbdserve.nbd.handshake", "nbdserve.nbd.options",
-                                       "nbdserve.nbd.metacontext")),
+        Target(
+            "handshake",
+            12,
+            4,
+            4400,
+            ("nbdserve.nbd.handshake", "nbdserve.nbd.options", "nbdserve.nbd.metacontext"),
+        ),
         Target("requests", 35, 2, 2048, ("nbdserve.nbd.requests", "nbdserve.nbd.validate")),
-        Target("transmission", 3, 40, 2048, ("nbdserve.nbd.connection", "nbdserve.nbd.late",
-                                         "nbdserve.nbd.commands", "nbdserve.nbd.replies",
-                                         "nbdserve.nbd.outbox", "nbdserve.nbd.requests",
-                                         "nbdserve.nbd.validate", "nbdserve.block.backend")),
-        Target("header", 10, 3, 4200, ("nbdserve.formats.qcow2.header",
-                                    "nbdserve.formats.qcow2.extensions",
-                                    "nbdserve.formats.qcow2.supported")),
+        Target(
+            "transmission",
+            3,
+            40,
+            2048,
+            (
+                "nbdserve.nbd.connection",
+                "nbdserve.nbd.late",
+                "nbdserve.nbd.commands",
+                "nbdserve.nbd.replies",
+                "nbdserve.nbd.outbox",
+                "nbdserve.nbd.requests",
+                "nbdserve.nbd.validate",
+                "nbdserve.block.backend",
+            ),
+        ),
+        Target(
+            "header",
+            10,
+            3,
+            4200,
+            (
+                "nbdserve.formats.qcow2.header",
+                "nbdserve.formats.qcow2.extensions",
+                "nbdserve.formats.qcow2.supported",
+            ),
+        ),
         Target("image", 5, 25, 8192, ("nbdserve.formats.qcow2", "nbdserve.block.backend")),
-        Target("option_strings", 35, 1, 512, ("nbdserve.imageopts", "nbdserve.blockdev",
-                                           "nbdserve.units", "nbdserve.inherit", "nbdserve.config",
-                                           "nbdserve.cli.objects", "nbdserve.cli.throttle")),
+        Target(
+            "option_strings",
+            35,
+            1,
+            512,
+            (
+                "nbdserve.imageopts",
+                "nbdserve.blockdev",
+                "nbdserve.units",
+                "nbdserve.inherit",
+                "nbdserve.config",
+                "nbdserve.cli.objects",
+                "nbdserve.cli.throttle",
+            ),
+        ),
     )
-}  # fmt: skip
+}

@@ -1,13 +1,13 @@
 """Refusing a damaged image costs little, whatever its numbers say; and leaves nothing behind.
 
-Bounds are on what is allocated and read, which no other process changes; times are in the table that
-`make refusals` prints.
+Bounds are on what is allocated and read, which no other process changes; times are in the table
+that `make refusals` prints.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -22,6 +22,9 @@ from nbdserve.formats.qcow2.compressed import Decompressor
 from nbdserve.formats.qcow2.header import _check_regions
 from nbdserve.formats.qcow2.node import read_header
 from nbdserve.graph import open_backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MEMORY = 192 * KIB
 """Bytes that any refusal may take, most of them the decompressor's."""

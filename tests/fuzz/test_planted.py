@@ -1,7 +1,8 @@
 """The targets find bugs: each of these is one changed line, found within so many inputs.
 
 The inputs are what the long run begins with, the seeds and the kept corpus, and then mutations of
-these, always the same. Without the change all of them pass (test_targets.py, and the last test here).
+these, always the same. Without the change all of them pass (test_targets.py, and the last test
+here).
 """
 
 from __future__ import annotations
@@ -33,40 +34,94 @@ from nbdserve.units import _bytes
 
 BUGS = [
     # Off by one in the request parser.
-    ("requests", 300, Bug(RequestBuffer.parse, "end - start < needed:", "end - start < needed - 1:")),
-    ("requests", 300, Bug(RequestBuffer.parse, "end - start >= HEADER_SIZE", "end - start > HEADER_SIZE")),
-    ("requests", 300, Bug(RequestBuffer.parse, "length > MAXIMUM_PAYLOAD", "length >= MAXIMUM_PAYLOAD")),
+    (
+        "requests",
+        300,
+        Bug(RequestBuffer.parse, "end - start < needed:", "end - start < needed - 1:"),
+    ),
+    (
+        "requests",
+        300,
+        Bug(RequestBuffer.parse, "end - start >= HEADER_SIZE", "end - start > HEADER_SIZE"),
+    ),
+    (
+        "requests",
+        300,
+        Bug(RequestBuffer.parse, "length > MAXIMUM_PAYLOAD", "length >= MAXIMUM_PAYLOAD"),
+    ),
     ("requests", 300, Bug(RequestBuffer.room, "self._pinned or ", "")),
-    ("requests", 300, Bug(Validator.validate, "offset + length > end", "offset + length > end + 1")),
-    ("transmission", 300, Bug(RequestBuffer.parse, "end - start < needed:", "end - start < needed - 1:")),
+    (
+        "requests",
+        300,
+        Bug(Validator.validate, "offset + length > end", "offset + length > end + 1"),
+    ),
+    (
+        "transmission",
+        300,
+        Bug(RequestBuffer.parse, "end - start < needed:", "end - start < needed - 1:"),
+    ),
     ("transmission", 300, Bug(LateRequests._run, "self._count(-1, -_nb_bytes(request))", "pass")),
-    ("transmission", 300, Bug(Connection._execute, "except OSError as error:", "except ValueError as error:")),
+    (
+        "transmission",
+        300,
+        Bug(Connection._execute, "except OSError as error:", "except ValueError as error:"),
+    ),
     # Off by one in the check of an option's length.
-    ("handshake", 300, Bug(
-        Handshake._option_header, "handler_of(self._option).longest:", "handler_of(self._option).longest + 1:")),
-    ("handshake", 300, Bug(Handshake._option_header, "> MAX_OPTION_LENGTH", ">= MAX_OPTION_LENGTH")),
+    (
+        "handshake",
+        300,
+        Bug(
+            Handshake._option_header,
+            "handler_of(self._option).longest:",
+            "handler_of(self._option).longest + 1:",
+        ),
+    ),
+    (
+        "handshake",
+        300,
+        Bug(Handshake._option_header, "> MAX_OPTION_LENGTH", ">= MAX_OPTION_LENGTH"),
+    ),
     ("handshake", 300, Bug(Handshake._option_header, "> MAX_OPTIONS", ">= MAX_OPTIONS")),
     ("handshake", 300, Bug(options._check_strings, "> MAX_STRING", ">= MAX_STRING")),
     ("handshake", 300, Bug(options._set_meta_context, "haggling.selection = None", "pass")),
     # No bound on the length of a header extension.
-    ("header", 300, Bug(
-        _entries, "extension is None or position + 8 + extension.length > end", "extension is None")),
-    ("header", 3000, Bug(_feature_names, "entry.type in FeatureType.__members__.values() and ", "")),
+    (
+        "header",
+        300,
+        Bug(
+            _entries,
+            "extension is None or position + 8 + extension.length > end",
+            "extension is None",
+        ),
+    ),
+    (
+        "header",
+        3000,
+        Bug(_feature_names, "entry.type in FeatureType.__members__.values() and ", ""),
+    ),
     # No bound on the size of L1.
     ("header", 3000, Bug(_check_regions, "region.nb_bytes > region.limit", "False")),
     ("header", 3000, Bug(_check_l1_covers_disk, "fields.l1_size < needed", "False")),
     ("header", 3000, Bug(_parse_fields, "length > cluster_size", "False")),
     # No check that an L2 entry is aligned.
-    ("image", 1000, Bug(Mapping.check_entry, "entry & self._reserved", "entry & self._reserved & 0x1FF")),
+    (
+        "image",
+        1000,
+        Bug(Mapping.check_entry, "entry & self._reserved", "entry & self._reserved & 0x1FF"),
+    ),
     ("image", 1000, Bug(compressed_extent, "(1 + additional_sectors)", "additional_sectors")),
     ("image", 1000, Bug(Image.load_l2, "host_offset & self.geometry.in_cluster", "False")),
     ("image", 1000, Bug(MetadataMap.assert_data, "offset in self.offsets", "False")),
     ("image", 1000, Bug(Allocation.link, "self._image.forget(", "bool(")),
-    ("image", 1000, Bug(Refcounts._take_from, "entries[index + taken] == 0", "entries[index + taken] < 2")),
+    (
+        "image",
+        1000,
+        Bug(Refcounts._take_from, "entries[index + taken] == 0", "entries[index + taken] < 2"),
+    ),
     ("option_strings", 1000, Bug(_bytes, "if fraction.strip", "if False and fraction.strip")),
     ("option_strings", 1000, Bug(_value, '.replace(",,", ",")', "")),
     ("option_strings", 1000, Bug(_collect, "range(1, len(names))", "range(2, len(names))")),
-]  # fmt: skip
+]
 
 
 def inputs(target):

@@ -1,4 +1,5 @@
-"""Every target: over what it starts from, over the kept corpus, and over what hypothesis makes of both.
+"""Every target: over what it starts from, over the kept corpus, and over what hypothesis makes of
+both.
 
 The mutations are those of the long run, so what is found here could have been found there and the
 other way round; hypothesis chooses among them and makes what fails small.
@@ -16,9 +17,13 @@ from fuzz.mutate import mutation
 from fuzz.targets import CORPUS, TARGETS
 
 EXAMPLES = {
-    "handshake": 500, "requests": 1500, "transmission": 150, "header": 800, "image": 400,
+    "handshake": 500,
+    "requests": 1500,
+    "transmission": 150,
+    "header": 800,
+    "image": 400,
     "option_strings": 1500,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,5 +1,5 @@
-"""Transmission bytes, served: a well-formed reply to each request that a naive parser sees, then the
-connection is closed; and nothing stays in flight, and another client is served as before.
+"""Transmission bytes, served: a well-formed reply to each request that a naive parser sees, then
+the connection is closed; and nothing stays in flight, and another client is served as before.
 
 Real connections, sockets and poller in front of a leaf in memory that may be slow or fail. `Client`
 (tests/transmission.py) holds every reply against the document. The head of an input is that of
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,22 +22,20 @@ from fuzz.requests import (
     LONGEST,
     MESSAGE_MAGIC,
     SIZE,
+    SMALL,
     Foreseen,
     Session,
     error_of,
     fix_length,
     foresee,
     seeds,
-    small_buffers,
     split,
 )
+from fuzz.scale import scaled
 from memory_leaf import MemoryLeaf
 from nbdserve.block.run import Miss
 from nbdserve.nbd import connection, poller
 from transmission import DISC, TRIM, WRITE, WRITE_ZEROES, Client, World, serving
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["DICTIONARY", "MESSAGE_MAGIC", "fix_length", "seeds", "split", "transmission"]
 
@@ -52,17 +48,14 @@ for _start in range(0, SIZE, 64 << 10):
     _TEMPLATE.fill(_start, bytes(range(1, 251)) * 80)
 
 
-@contextmanager
-def small_connection() -> Iterator[None]:
-    """As `small_buffers`: what a connection collects before it sends, and reads at once. And a
-    poller that never spins, for who it waits for is in the same thread."""
-    before = connection.SEND_AT, connection.MAX_INLINE, poller.SPIN, poller.PATIENCE
-    connection.SEND_AT, connection.MAX_INLINE, poller.SPIN, poller.PATIENCE = SEND_AT, INLINE, 0, 0
-    try:
-        with small_buffers():
-            yield
-    finally:
-        connection.SEND_AT, connection.MAX_INLINE, poller.SPIN, poller.PATIENCE = before
+SMALL_CONNECTION = [
+    *SMALL,
+    (connection, "SEND_AT", SEND_AT),
+    (connection, "MAX_INLINE", INLINE),
+    (poller, "SPIN", 0),
+    (poller, "PATIENCE", 0),
+]
+"""And what a connection collects before it sends, and reads at once; and no spinning."""
 
 
 def make_leaf(head: bytes, *, read_only: bool) -> MemoryLeaf:
@@ -80,7 +73,7 @@ def make_leaf(head: bytes, *, read_only: bool) -> MemoryLeaf:
 
 def transmission(data: bytes) -> None:
     """The target."""
-    with small_connection():
+    with scaled(SMALL_CONNECTION):
         loop.run(lambda: _transmission(data))
 
 
@@ -112,7 +105,9 @@ async def _transmission(data: bytes) -> None:
                 assert not answer.error, f"{asked[answer.cookie]}: {answer.error}, {answer.message}"
         await client.end()
         if not (fails or leaf.would_block or leaf.miss):
-            check_content(leaf, [request for request in asked.values() if not error_of(request, session)])
+            check_content(
+                leaf, [request for request in asked.values() if not error_of(request, session)]
+            )
         await check_world(world, other, leaf)
 
 
@@ -133,8 +128,8 @@ def numbered(stream: bytes) -> tuple[bytes, dict[int, Foreseen]]:
 
 
 def check_content(leaf: MemoryLeaf, done: list[Foreseen]) -> None:
-    """What was written is there. Only where all writes are plain ones, which are done at once and so
-    one after the other."""
+    """What was written is there. Only where all writes are plain ones, which are done at once and
+    so one after the other."""
     if any(r.command in (TRIM, WRITE_ZEROES) or (r.command == WRITE and r.flags) for r in done):
         return
     wanted = bytearray(_TEMPLATE.data)
