@@ -91,6 +91,7 @@ def fuzz(target: Target, runs: int, seed: int) -> Result:
     log = BUILD / f"{target.name}.log"
     flags = [
         f"-runs={runs}",
+        "-reload=0",  # of the folder, once a second: no two runs would be the same
         f"-seed={seed}",
         f"-max_len={target.longest}",
         f"-timeout={SLOWEST}",

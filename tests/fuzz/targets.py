@@ -53,15 +53,15 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             "handshake",
-            12,
+            10,
             4,
             4400,
             ("nbdserve.nbd.handshake", "nbdserve.nbd.options", "nbdserve.nbd.metacontext"),
         ),
-        Target("requests", 35, 2, 2048, ("nbdserve.nbd.requests", "nbdserve.nbd.validate")),
+        Target("requests", 37, 2, 2048, ("nbdserve.nbd.requests", "nbdserve.nbd.validate")),
         Target(
             "transmission",
-            3,
+            2,
             40,
             2048,
             (
@@ -77,7 +77,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "header",
-            10,
+            8,
             3,
             4200,
             (
@@ -89,7 +89,7 @@ TARGETS: dict[str, Target] = {
         Target("image", 5, 25, 8192, ("nbdserve.formats.qcow2", "nbdserve.block.backend")),
         Target(
             "option_strings",
-            35,
+            38,
             1,
             512,
             (
