@@ -5,8 +5,9 @@ input would cost more than most inputs do. So one run stays alive as a guest (tr
 and `Loop.run` ticks it until what it was given has returned.
 
 Law: it never sleeps. There is always a task that can go on, so what waits for something that can
-never come is found out by counting ticks and not by a clock, and every run of an input is the same
-as the last.
+never come is found out by counting ticks and not by a clock. And every run of an input is the same
+as the last: the tasks of a tick take their turns in an order that trio draws, as for hypothesis,
+from a generator that begins anew with each input.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
+from trio._core import _run as scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -41,6 +43,7 @@ class Loop:
         self._error: BaseException | None = None
         self._ended = True
         self._closing = self._closed = False
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
         trio.lowlevel.start_guest_run(
             self._serve,
             run_sync_soon_threadsafe=self._due.append,
@@ -52,6 +55,7 @@ class Loop:
         """What the job returns, or raises. Raises Hang if it takes more than `max_ticks`."""
         self._job, self._ended = job, False
         self._scope = trio.CancelScope()
+        scheduler._r.seed(0)
         ticks = 0
         while not self._ended:
             ticks += 1

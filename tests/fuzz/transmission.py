@@ -54,8 +54,10 @@ SMALL_CONNECTION = [
     (connection, "MAX_INLINE", INLINE),
     (poller, "SPIN", 0),
     (poller, "PATIENCE", 0),
+    (poller, "SLICE", 0),
 ]
-"""And what a connection collects before it sends, and reads at once; and no spinning."""
+"""And what a connection collects before it sends, and reads at once; and a poller that never spins
+and always lets the others run, so that nothing depends on a clock."""
 
 
 def make_leaf(head: bytes, *, read_only: bool) -> MemoryLeaf:
