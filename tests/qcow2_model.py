@@ -33,6 +33,8 @@ from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from nbdserve.block.redo import RedoLog
+
 Buffer = bytes | bytearray | memoryview
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -240,6 +242,7 @@ async def open_memory(
     cache_sizes: CacheSizes | None = None,
     settle: bool = False,
     close: bool = True,
+    log: RedoLog | None = None,
 ) -> AsyncIterator[tuple[BlockBackend, Qcow2Node]]:
     """The qcow2 image in `file`, for the body; then closed, unless told otherwise.
 
@@ -259,6 +262,7 @@ async def open_memory(
                 data_file=data_file,
                 read_only=read_only,
                 cache_sizes=cache_sizes,
+                log=log,
             )
             if settle:
                 nursery.start_soon(node.settle)
