@@ -345,6 +345,12 @@ def _shown(data: bytes | None) -> str:
 # --- what fuzzing starts from --------------------------------------------------------------------
 
 
+def into_the_name() -> bytes:
+    """An extension that ends within the backing file's name: of the first 8 bytes of it."""
+    image = build(("data",), backing=b"base.raw", extensions=[(0x11111111, b"")])
+    return image[:116] + struct.pack(">I", 16) + image[120:]
+
+
 def seeds() -> list[bytes]:
     """Every feature that the code looks at, in images of some kilobytes."""
     bitmaps = (BITMAPS, struct.pack(">IIQQ", 1, 0, 24, 512))
@@ -367,7 +373,9 @@ def seeds() -> list[bytes]:
         build(small, features=(0, 1), extensions=[bitmaps]),
         build(small, features=(0, 1 << 40), extensions=[bitmaps]),
         build(small, extensions=[(0x6803F857, bytes(48)), (0x12345678, b"unknown")]),
+        build(small, extensions=[(0x6803F857, b"\7\0no such bitmap".ljust(48, b"\0"))]),
         build(small, nb_snapshots=1),
+        into_the_name(),
         build(small)[:-100],
         build(small)[:2000],
         build(small)[:100],

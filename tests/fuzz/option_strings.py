@@ -91,7 +91,7 @@ def image_name(text: str) -> None:
 def backing_name(text: str) -> None:
     """The name of a backing file with its format, as an image has them."""
     name, _, backing_format = text.partition("|")
-    check_tree(image_tree(name, backing_format or None, directory="/images", path="backing."))
+    check_tree(image_tree(name, backing_format or None, directory="/images"))
 
 
 def image_name_with_cache(text: str) -> None:

@@ -82,6 +82,8 @@ TARGETS: dict[str, Target] = {
             4200,
             (
                 "nbdserve.formats.qcow2.header",
+                "nbdserve.formats.qcow2.fields",
+                "nbdserve.formats.qcow2.consistency",
                 "nbdserve.formats.qcow2.extensions",
                 "nbdserve.formats.qcow2.supported",
             ),

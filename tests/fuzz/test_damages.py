@@ -19,7 +19,7 @@ from fuzz.planted import Bug, planted
 from nbdserve.config import ImageConfig
 from nbdserve.errors import ImageError
 from nbdserve.formats.qcow2.compressed import Decompressor
-from nbdserve.formats.qcow2.header import _check_regions
+from nbdserve.formats.qcow2.consistency import _check_region
 from nbdserve.formats.qcow2.node import read_header
 from nbdserve.graph import open_backend
 
@@ -49,7 +49,7 @@ def test_what_a_refusal_costs(damage):
 def test_a_limit_that_is_gone_is_missed():
     """Without the limits of the header the snapshot table is no longer what is wrong."""
     [damage] = [damage for damage in DAMAGES if damage.name == "2**32-1 snapshots"]
-    with planted(Bug(_check_regions, "region.nb_bytes > region.limit", "False")):
+    with planted(Bug(_check_region, "region.nb_bytes > region.limit", "False")):
         assert damage.says not in attempt(damage)[0]
 
 
