@@ -27,7 +27,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
 # make fuzz FUZZ_ARGS='--target handshake --runs 1000000 --seed 1'
 FUZZ_ARGS ?=
 
-.PHONY: help serve test matrix kernel fuzz refusals check lint types coverage bench cache-table clean
+.PHONY: help serve test matrix kernel fuzz refusals limits check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -77,6 +77,10 @@ coverage: $(VENV)/.has-test  ## run the tests and say which lines and branches t
 bench: $(VENV)/.has-run  ## compare with qemu-nbd and nbdkit; a table here, JSON in build/bench.json
 	@tools/peers.sh
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
+
+limits: $(VENV)/.has-test  ## a thousand silent, slow and flooding clients: what they cost, as a table
+	@tools/peers.sh
+	PYTHONPATH=tests $(BIN)/python -m limits
 
 cache-table: $(VENV)/.has-test  ## observe what each cache mode calls, and write it into docs/caching.md
 	@tools/peers.sh

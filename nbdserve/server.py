@@ -37,6 +37,7 @@ import trio
 from nbdserve.errors import ConfigError
 from nbdserve.graph import open_backend, shared_by_drives
 from nbdserve.listeners import Listeners, nbd_uri, open_listeners
+from nbdserve.nbd.budget import TICK, Budget
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
@@ -177,6 +178,7 @@ class _Server:
             {engine for export in exports for engine in export.backend.engines}
         )
         self._poller = Poller(self._engines)
+        self._budget = Budget()
         for export in exports:
             export.backend.on_wait = self._poller.waits
 
@@ -184,6 +186,7 @@ class _Server:
         """Accept until ``stop``; return when every connection has ended or was cut off."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._poller.run)
+            nursery.start_soon(self._watch_memory)
             await self._accept_and_serve()
             nursery.cancel_scope.cancel()
         self._poller.close()
@@ -204,11 +207,17 @@ class _Server:
         if clients.cancel_scope.cancelled_caught:
             log.warning("clients that had not finished after %g s were cut off", SHUTDOWN_TIMEOUT)
 
+    async def _watch_memory(self) -> None:
+        while True:
+            await trio.sleep(TICK)
+            self._budget.look()
+
     def _full(self) -> bool:
         return 0 < self._max_clients <= len(self._connections)
 
     async def _accept_loop(self, listener: socket.socket, clients: trio.Nursery) -> None:
         # accept() itself never waits: between two listeners the last place could be given twice.
+        failing = False
         while True:
             while self._full():
                 await self._room.park()
@@ -220,16 +229,24 @@ class _Server:
             except (BlockingIOError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                log.warning("cannot accept a client: %s", error.strerror)
+                if not failing:  # once, not ten times a second
+                    log.warning(
+                        "cannot accept a client: %s; it waits until it can be", error.strerror
+                    )
+                failing = True
                 await trio.sleep(ACCEPT_PAUSE)
                 continue
+            failing = False
             if listener.family == socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
             else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setblocking(False)
-            connection = Connection(sock, self._exports, self._poller, log=log.getChild("client"))
+            connection = Connection(
+                sock, self._exports, self._poller,
+                budget=self._budget, log=log.getChild("client"),
+            )  # fmt: skip
             name = "{}:{}".format(*address[:2]) if address else "on the unix socket"
             self._connections[connection] = name
             self._nb_accepted += 1
@@ -260,6 +277,7 @@ class _Server:
                 "seconds": trio.current_time() - self._started,
                 "clients": len(self._connections),
                 "accepted": self._nb_accepted,
+                "memory": self._budget.statistics(),
                 "exports": {
                     export.name: export.backend.statistics() for export in self._exports
                 },

@@ -54,7 +54,7 @@ MAY_IMPORT = {
 }
 
 # The sans-IO front end: bytes in, bytes out, but for the modules that hold the sockets.
-NBD_WITH_TRIO = {"connection", "poller"}
+NBD_WITH_TRIO = {"connection", "negotiate", "poller"}
 
 
 def modules(package: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:

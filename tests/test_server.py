@@ -87,7 +87,7 @@ class FakeConnection:
     """Speaks lines. "go" reaches transmission, "bug" raises, "hold" has a request in flight that
     ends at shutdown, "hang" one that never does; end of file or "bye" ends the connection."""
 
-    def __init__(self, world, sock, exports, poller, *, log):
+    def __init__(self, world, sock, exports, poller, *, budget, log):
         assert sock.gettimeout() == 0
         self.sock, self.exports = trio.socket.from_stdlib_socket(sock), exports
         self.negotiated = False
@@ -500,7 +500,9 @@ async def test_persistent_outlives_its_clients(folder, world):
         await (await dial(folder / "s")).aclose()
 
 
-async def test_accept_without_descriptors_does_not_spin_and_recovers(folder, world, monkeypatch):
+async def test_accept_without_descriptors_does_not_spin_and_recovers(
+    folder, world, monkeypatch, caplog
+):
     calls = []
 
     class Exhausted(socket.socket):
@@ -520,6 +522,7 @@ async def test_accept_without_descriptors_does_not_spin_and_recovers(folder, wor
         await (await dial(folder / "s")).aclose()
     assert len(calls) == 4
     assert calls[3] - calls[0] >= 3 * server.ACCEPT_PAUSE
+    assert caplog.text.count("cannot accept a client: Too many open files") == 1
 
 
 async def test_the_pid_file_is_there_when_ready_and_gone_at_the_end(folder, world):

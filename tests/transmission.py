@@ -22,6 +22,7 @@ import trio.testing
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.block.throttled import Throttle, ThrottledBackend
+from nbdserve.nbd.budget import Budget
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
@@ -270,6 +271,7 @@ class World:
     nursery: trio.Nursery
     clients: list[Client] = field(default_factory=list)
     others: list[Export] = field(default_factory=list)  # beside the default export
+    budget: Budget = field(default_factory=Budget)
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("nbdserve.test"))
 
     def dial(self, *, send_buffer: int | None = None) -> Client:
@@ -279,7 +281,7 @@ class World:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         ours.setblocking(False)
         exports = [Export("", self.backend), *self.others]
-        connection = Connection(ours, exports, self.poller, log=self.log)
+        connection = Connection(ours, exports, self.poller, budget=self.budget, log=self.log)
         client = Client(trio.socket.from_stdlib_socket(theirs), connection)
         self.clients.append(client)
         self.nursery.start_soon(_run, client, ours)

@@ -7,12 +7,14 @@ the one outgoing buffer. Everything else is late (nbd/late.py), and its reply is
 in any order.
 
 Law: while a client does not read its replies, or has too many late requests, nothing more is
-received from it. A client that sends nonsense, or vanishes, ends its own connection and no other.
+received from it; and what it makes us hold is counted in the server's budget (nbd/budget.py). A
+client that sends nonsense, or vanishes, ends its own connection and no other.
 """
 
 from __future__ import annotations
 
 import errno
+import select
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -20,9 +22,11 @@ import trio
 
 from nbdserve.block.node import MAX_INLINE
 from nbdserve.nbd import replies
-from nbdserve.nbd.commands import HOLES_FROM, hole_chunk, read_reply_head
-from nbdserve.nbd.handshake import Handshake, Transmission
+from nbdserve.nbd.budget import SMALL
+from nbdserve.nbd.commands import HOLES_FROM
+from nbdserve.nbd.intake import Arrived, Intake
 from nbdserve.nbd.late import LateRequests
+from nbdserve.nbd.negotiate import negotiate
 from nbdserve.nbd.outbox import Outbox
 from nbdserve.nbd.poller import READABLE, WRITABLE
 from nbdserve.nbd.proto import (
@@ -34,15 +38,16 @@ from nbdserve.nbd.proto import (
 )
 from nbdserve.nbd.requests import (
     FUA_WRITE,
+    PINS_FROM,
     PLAIN_READ,
     PLAIN_WRITE,
     ProtocolError,
     Request,
-    RequestBuffer,
     command_name,
     command_of,
     flags_of,
 )
+from nbdserve.nbd.sparse import put, read_sparse
 from nbdserve.nbd.validate import Validator
 from nbdserve.nbd.wire import OFFSET_DATA_CHUNK, SIMPLE_REPLY
 
@@ -53,30 +58,20 @@ if TYPE_CHECKING:
 
     from nbdserve.block.node import Buffer
     from nbdserve.block.run import Miss
+    from nbdserve.nbd.budget import Budget
     from nbdserve.nbd.export import Export
+    from nbdserve.nbd.handshake import Transmission
     from nbdserve.nbd.poller import Poller
 
 __all__ = ["Connection"]
 
-# Seconds a client may take to negotiate; as QEMU since 9.1 (NBD_DEFAULT_HANDSHAKE_MAX_SECS).
-HANDSHAKE_TIMEOUT = 10.0
-
-# Bytes received at a time in the handshake; fit into an empty RequestBuffer.
-HANDSHAKE_RECEIVE = 1 << 16
-
-# Requests taken from one connection before another has its turn.
-BATCH = 128
-
 # Replies are sent when that many bytes have come together: what the client's cache still holds.
 SEND_AT = 256 << 10
 
-# Pieces of data and zeroes in one long read that are answered inline, and room for their heads.
-MAX_PIECES = 256
-CHUNK_ROOM = MAX_PIECES * 32 + 4096
+# The same when the server is short of memory.
+SEND_AT_SHORT = 32 << 10
 
-# A payload below this is copied if its request must wait; a larger one keeps its receive buffer.
-COPY_BELOW = 64 << 10
-
+BYTES, NOTHING, END = Arrived.BYTES, Arrived.NOTHING, Arrived.END
 DISC = int(Command.DISC)
 FLUSH = int(Command.FLUSH)
 WRITE = int(Command.WRITE)
@@ -98,12 +93,14 @@ class Connection:
         exports: Sequence[Export],
         poller: Poller,
         *,
+        budget: Budget,
         log: logging.Logger,
     ) -> None:
         self.negotiated = False
         self._sock = sock
         self._exports = exports
         self._poller = poller
+        self._budget = budget
         self._log = log
         self._stopping = False
         self._lost = False
@@ -121,7 +118,9 @@ class Connection:
     async def run(self) -> None:
         """Serve the client."""
         try:
-            session, trailing = await self._negotiate()
+            session, trailing = None, b""
+            with self._handshake_scope:
+                session, trailing = await negotiate(self._sock, self._exports, self._log)
         except OSError as error:
             self._log.info("handshake: %s", error.strerror or error)
             return
@@ -137,9 +136,10 @@ class Connection:
         finally:
             self._lost = True  # cut off, perhaps, with replies on their way
             self._outbox.drop()
-            self._return_buffers()
+            self._intake.forget()
             self._poller.unregister(self._sock.fileno())
             self._late.close_account()
+            self._share.close()
 
     def statistics(self) -> dict[str, object]:
         """Counters of the client's requests (see Account.statistics), and how it is served."""
@@ -152,35 +152,6 @@ class Connection:
             **self._late.account.statistics(),
         }
 
-    async def _negotiate(self) -> tuple[Transmission | None, bytes]:
-        handshake = Handshake(self._exports)
-        with self._handshake_scope:
-            with trio.move_on_after(HANDSHAKE_TIMEOUT):
-                await self._send_all(handshake.greeting())
-                while handshake.outcome is None:
-                    await trio.lowlevel.wait_readable(self._sock)
-                    try:
-                        data = self._sock.recv(HANDSHAKE_RECEIVE)
-                    except BlockingIOError:
-                        continue
-                    if not data:
-                        return None, b""
-                    await self._send_all(handshake.receive(data))
-                if isinstance(handshake.outcome, Transmission):
-                    return handshake.outcome, handshake.trailing
-                self._log.info("handshake: %s", handshake.outcome.reason)
-                return None, b""
-            self._log.info("handshake: not finished after %g s", HANDSHAKE_TIMEOUT)
-        return None, b""
-
-    async def _send_all(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[self._sock.send(view) :]
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
-
     # --- transmission --------------------------------------------------------------------------
 
     def _begin(self, session: Transmission) -> None:
@@ -191,20 +162,18 @@ class Connection:
         self._structured = session.structured_replies
         self._size = session.size
         self._writable = TransmissionFlag.READ_ONLY not in session.flags
-        self._buffer = RequestBuffer()
-        self._requests: list[Request] = []  # parsed; those from _next on are not executed yet
-        self._next = 0
-        self._out = bytearray(SEND_AT + MAX_INLINE + CHUNK_ROOM)
-        self._out_view = memoryview(self._out)
-        self._outbox = Outbox(self._sock)
+        self._share = self._budget.open(self._granted, self._owes, self._drop)
+        self._intake = Intake(self._sock, self._budget, self._share)
+        pool = self._backend.buffers
+        self._outbox = Outbox(self._sock, self._budget.sending, pool, self._share)
         self._replies: list[Buffer] = []  # of late requests, not given to the outbox yet
-        self._lent: list[memoryview] = []  # buffers that replies on their way point into
-        self._late = LateRequests(session, self._poller, self._send_late, self._log)
+        self._late = LateRequests(
+            session, self._poller, self._share, self._send_late, self._log
+        )
         self._queue = self._queues()
         # Of what is done in the hot loop. Longer reads may get hole chunks.
         self._longest = HOLES_FROM - 1 if self._structured else MAX_INLINE
         self._wanted = READABLE
-        self._received = False
 
     def _queues(self) -> dict[int, Callable[[Request], bool]]:
         """By request head: what nothing at once can be done for, and is submitted."""
@@ -218,8 +187,7 @@ class Connection:
     def _take(self, data: bytes) -> None:
         """Requests that arrived together with the last option."""
         if data:
-            self._buffer.room()[: len(data)] = data
-            self._buffer.received(len(data))
+            self._intake.put(data)
             self._want(READABLE | WRITABLE)  # writable at once: start with what is there
 
     def _end(self, reason: str) -> None:
@@ -227,13 +195,12 @@ class Connection:
         if not self._ended.is_set():
             self._log.info("%s", reason)
             self._ended.set()
-            self._requests = []
+            self._intake.forget()
 
     def _lose(self, error: OSError) -> None:
         """The socket is dead: replies are dropped, requests in flight go on."""
         self._end(f"the connection was lost: {error.strerror or error}")
         self._outbox.drop()
-        self._return_buffers()
         self._lost = True
         self._idle.set()
 
@@ -256,8 +223,6 @@ class Connection:
         try:
             if self._outbox.pending:
                 self._outbox.resume()
-                if not self._outbox.pending:
-                    self._return_buffers()
             if self._outbox.pending:
                 self._want(WRITABLE)
             elif self._ended.is_set():
@@ -280,48 +245,47 @@ class Connection:
         if self._late.full:
             self._want(0)  # _send_late wakes us
             return 0
-        if self._next >= len(self._requests):
-            self._requests = self._buffer.parse(BATCH) or self._receive()
-            self._next = 0
-            if not self._requests:
-                self._want(READABLE)
-                return self._received
-        first = self._next
+        intake = self._intake
+        if not intake.requests:
+            arrived = intake.receive()
+            if arrived is END:
+                # It may have closed its sending half only and still be waiting for replies.
+                self._end("the client closed the connection")
+            elif arrived is not BYTES:
+                self._want(READABLE if arrived is NOTHING else 0)  # or _granted wakes us
+            if not intake.requests:
+                intake.settle()
+                return arrived is BYTES
+        stop = intake.affordable() if self._budget.short else len(intake.requests)
+        if not stop:
+            self._want(0)  # _granted wakes us
+            intake.settle()
+            return 0
         with self._plug():
-            self._execute()
+            done = self._execute(stop)
+        intake.settle()
+        self._outbox.settle()
         if self._outbox.pending:
             self._want(WRITABLE)
-        return 0 if self._outbox.pending or self._ended.is_set() else self._next - first
+        return 0 if self._outbox.pending or self._ended.is_set() else done
 
-    def _receive(self) -> list[Request]:
-        self._received = False
-        try:
-            received = self._sock.recv_into(self._buffer.room())
-        except BlockingIOError:
-            return []
-        self._received = True
-        if not received:
-            # It may have closed its sending half only and still be waiting for replies.
-            self._end("the client closed the connection")
-            return []
-        self._buffer.received(received)
-        return self._buffer.parse(BATCH)
-
-    def _execute(self) -> None:
-        """The hot loop: execute the parsed requests in order, their replies side by side."""
-        requests, position = self._requests, self._next
-        out, view, fill = self._out, self._out_view, 0
+    def _execute(self, stop: int) -> int:
+        """The hot loop: execute the parsed requests up to `stop` in order, their replies side by
+        side. Returns how many were done: fewer if others must wait."""
+        requests, position = self._intake.requests, 0
+        out, fill = self._outbox.page(), 0
         structured, size, writable = self._structured, self._size, self._writable
         # For the account. Reads are not counted, they are what is left: of the requests those that
         # are neither writes nor `others`, of the bytes sent those that are no heads and not theirs.
-        first = position
         others = others_sent = sent = nb_writes = written = 0
         head_size = OFFSET_DATA_CHUNK.size if structured else SIMPLE_REPLY.size
-        longest = self._longest
+        longest, send_at = self._longest, SEND_AT
+        if self._budget.short:
+            longest, send_at = min(longest, SMALL), SEND_AT_SHORT
         read_nowait, write_nowait = self._backend.read_nowait, self._backend.write_nowait
         outbox, late, queue = self._outbox, self._late, self._queue
         late.began = began = perf_counter_ns()
-        while position < len(requests):
+        while position < stop:
             request = requests[position]
             head, cookie, offset, length, payload = request
             position += 1
@@ -336,7 +300,7 @@ class Connection:
                     others += 1
                 elif head == PLAIN_READ and 0 < length <= longest and offset + length <= size:
                     start = fill + head_size
-                    miss = read_nowait(offset, view[start : start + length])
+                    miss = read_nowait(offset, out[start : start + length])
                     if miss is not None:
                         self._start_late(request, miss)
                         others += 1
@@ -361,32 +325,33 @@ class Connection:
                     nb_writes += 1
                     written += length
                 else:
-                    before, fill = fill, self._special(request, fill)
+                    before, fill = fill, self._special(request, out, fill)
                     others += 1
                     others_sent += fill - before
             except OSError as error:
                 reply = late.failure(request, error, late.began)
-                fill = self._put(fill, reply)
+                fill = put(out, fill, reply)
                 others += 1
                 others_sent += len(reply)
-            if fill >= SEND_AT:
-                self._send(view[:fill])
+            if fill >= send_at:
+                self._send(out[:fill])
                 sent += fill
                 fill = 0
             if outbox.pending or late.full or self._ended.is_set():
                 break
-        self._next = position
+        self._intake.executed(position)
         if fill:
-            self._send(view[:fill])
+            self._send(out[:fill])
         nanoseconds = perf_counter_ns() - began
         if nb_writes:
             late.writes.add(nb_writes, written, nanoseconds)
             others += nb_writes
             others_sent += nb_writes * SIMPLE_REPLY.size
-        nb_reads = position - first - others
+        nb_reads = position - others
         if nb_reads:
             nb_bytes = sent + fill - others_sent - nb_reads * head_size
             late.reads.add(nb_reads, nb_bytes, nanoseconds)
+        return position
 
     def _send(self, buffer: memoryview) -> None:
         try:
@@ -394,12 +359,7 @@ class Connection:
         except OSError as error:  # what was done is counted all the same
             self._lose(error)
 
-    def _put(self, fill: int, reply: bytes) -> int:
-        end = fill + len(reply)
-        self._out[fill:end] = reply
-        return end
-
-    def _special(self, request: Request, fill: int) -> int:
+    def _special(self, request: Request, out: memoryview, fill: int) -> int:
         """A request that is not a plain read or write, or one that the fast way did not do."""
         head, cookie, offset, length, _ = request
         command = command_of(head)
@@ -412,19 +372,24 @@ class Connection:
             self._log.debug("%s: %d", message, error)
             self._late.refused(request)
             reply = replies.error_reply(cookie, error, message, structured=self._structured)
-            return self._put(fill, reply)
+            return put(out, fill, reply)
         # With a throttle not: of several pieces the first would be charged twice if a later one
         # had to wait.
         if (
             head == PLAIN_READ
-            and HOLES_FROM <= length <= MAX_INLINE
+            and HOLES_FROM <= length <= (SMALL if self._budget.short else MAX_INLINE)
             and self._structured
             and not self._backend.throttled
         ):
-            return self._read_sparse(request, fill)
+            end, miss = read_sparse(self._backend, cookie, offset, length, out, fill)
+            if end is None:
+                self._start_late(request, miss)
+                return fill
+            self._late.answered(request)
+            return end
         if command == FLUSH and self._backend.flush_nowait():
             self._late.answered(request)
-            return self._put(fill, replies.done(cookie, structured=False))
+            return put(out, fill, replies.done(cookie, structured=False))
         if not self._queue_special(request):
             self._start_late(request)
         return fill
@@ -438,50 +403,22 @@ class Connection:
             return False  # asked in the hot loop
         return command_of(head) == WRITE and self._late.queue_waiting_write(request)
 
-    def _read_sparse(self, request: Request, fill: int) -> int:
-        """A long read: a chunk for each piece of data or zeroes."""
-        _, cookie, offset, length, _ = request
-        pieces = self._backend.map_nowait(offset, length)
-        if pieces is None or len(pieces) > MAX_PIECES:
-            self._start_late(request)
-            return fill
-        end = offset + length
-        position = fill
-        for is_hole, nb_bytes in pieces:
-            last = offset + nb_bytes == end
-            if is_hole:
-                position = self._put(position, hole_chunk(cookie, offset, nb_bytes, last=last))
-            else:
-                position = self._put(
-                    position, read_reply_head(cookie, offset, nb_bytes, structured=True, last=last)
-                )
-                miss = self._backend.read_nowait(
-                    offset, self._out_view[position : position + nb_bytes]
-                )
-                if miss is not None:
-                    self._start_late(request, miss)
-                    return fill
-                position += nb_bytes
-            offset += nb_bytes
-        self._late.answered(request)
-        return position
-
     # --- late requests -------------------------------------------------------------------------
 
     def _start_late(self, request: Request, miss: Miss | None = None) -> None:
         payload = request[4]
         data: memoryview | bytes | None = payload
         if payload is not None:
-            if len(payload) < COPY_BELOW:
+            if len(payload) < PINS_FROM:
                 data = bytes(payload)
             else:
-                self._buffer.pin()
+                self._intake.pin()
         self._late.start(request, data, miss)
 
     def _send_late(self, reply: Sequence[Buffer], buffer: memoryview | None) -> None:
         """A late request is done. Never raises."""
         if buffer is not None:
-            self._lent.append(buffer)
+            self._outbox.lend(buffer)
         if not self._poller.in_round:
             self._replies += reply
             self._send_replies()
@@ -494,15 +431,15 @@ class Connection:
         """What late requests answered, all that came together. Never raises."""
         reply, self._replies = self._replies, []
         if self._lost:
-            self._return_buffers()
+            self._outbox.drop()
+            self._late.release()
             self._idle.set()
             return
         try:
             self._outbox.send_all(reply)
         except OSError as error:
             self._lose(error)
-        if not self._outbox.pending:
-            self._return_buffers()
+        self._late.release()
         if self._ended.is_set():
             self._idle.set()
         elif self._outbox.pending:
@@ -510,8 +447,25 @@ class Connection:
         elif self._wanted == 0:
             self._want(READABLE | WRITABLE)  # writable at once: go on with what was left over
 
-    def _return_buffers(self) -> None:
-        """Nothing that was sent, or is never going to be, points into them any more."""
-        for buffer in self._lent:
-            self._backend.buffers.give(buffer)
-        self._lent.clear()
+    # --- memory --------------------------------------------------------------------------------
+
+    def _granted(self) -> None:
+        """The budget has what we waited for."""
+        if self._wanted == 0:
+            self._want(READABLE | WRITABLE)
+
+    def _owes(self) -> bool | None:
+        """None if the client waits for us, else whether it has said goodbye."""
+        if self._outbox.pending:
+            return self._ended.is_set() or _has_said_goodbye(self._sock)
+        return False if self._intake.incomplete and self._wanted & READABLE else None
+
+    def _drop(self, reason: str) -> None:
+        self._lose(OSError(errno.ETIMEDOUT, f"the client {reason}"))
+
+
+def _has_said_goodbye(sock: socket.socket) -> bool:
+    """Whether the client has closed its sending half, behind requests that we do not receive."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))

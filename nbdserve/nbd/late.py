@@ -6,7 +6,8 @@ durable. Everything else runs as a task in the backend's nursery (nbd/commands.p
 client that goes away cancels nothing of it, least of all of an allocation that others wait for.
 
 Law of memory: `full` says when a connection must take no further request. It bounds the number and
-the bytes of what is under way; one request over the bound may always be.
+the bytes of what is under way; one request over the bound may always be. The bytes are counted in
+the connection's share of the server's budget, and when that is short SMALL is the bound.
 
 Each is credited to the connection's account when it is done, with the time since the batch that it
 came in was begun (`began`).
@@ -24,7 +25,8 @@ from nbdserve.block.flush import FlushFailed
 from nbdserve.block.node import MAX_INLINE
 from nbdserve.block.run import Miss
 from nbdserve.nbd import replies
-from nbdserve.nbd.commands import HANDLERS, read_reply_head
+from nbdserve.nbd.budget import CAPACITY, SMALL
+from nbdserve.nbd.commands import CACHE_STEP, HANDLERS, read_reply_head
 from nbdserve.nbd.proto import SIMPLE_REPLY_MAGIC, Command
 from nbdserve.nbd.requests import FUA_WRITE, Request, command_name, command_of, flags_of
 from nbdserve.nbd.wire import SIMPLE_REPLY
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from nbdserve.block.account import Account, Operations
     from nbdserve.block.node import Buffer
+    from nbdserve.nbd.budget import Share
     from nbdserve.nbd.options import Transmission
     from nbdserve.nbd.poller import Poller
 
@@ -43,6 +46,9 @@ __all__ = ["LateRequests"]
 # a coroutine's stack); deep queues on cold disks want more.
 MAX_IN_FLIGHT = 128
 MAX_BYTES = 64 << 20
+
+# Bytes that a task and its frames take, and a reply without data.
+TASK = 8 << 10
 
 CARRY_DATA = frozenset({int(Command.READ), int(Command.WRITE)})
 
@@ -60,12 +66,13 @@ KINDS = {
 
 class LateRequests:
     """Those of one connection. `on_reply(reply, buffer)` is called for each as it is done; `buffer`
-    is the pool's, to be given back once the reply is sent."""
+    is the pool's, to be given back once the reply is sent. After sending, `release`."""
 
     def __init__(
         self,
         session: Transmission,
         poller: Poller,
+        share: Share,
         on_reply: Callable[[Sequence[Buffer], memoryview | None], None],
         log: logging.Logger,
     ) -> None:
@@ -73,11 +80,13 @@ class LateRequests:
         self.in_flight = 0
         self.full = False  # an attribute, not a property: looked at for each request
         self._bytes = 0
+        self._replied = 0  # bytes of those that are done, and counted in the share
         self._session = session
         self._backend = session.export.backend
         self._buffers = session.export.backend.buffers
         self._structured = session.structured_replies
         self._poller = poller
+        self._share = share
         self._on_reply = on_reply
         self._log = log
         self.began = 0  # perf_counter_ns() at which the batch was begun that requests are of
@@ -112,7 +121,22 @@ class LateRequests:
     def _count(self, requests: int, nb_bytes: int) -> None:
         self.in_flight += requests
         self._bytes += nb_bytes
-        self.full = self.in_flight >= MAX_IN_FLIGHT or self._bytes >= MAX_BYTES
+        if nb_bytes > 0:
+            self._share.add(nb_bytes)
+        else:
+            self._replied -= nb_bytes  # held still: now it is a reply
+        self.full = (
+            self.in_flight >= MAX_IN_FLIGHT
+            or self._bytes >= MAX_BYTES
+            or (self._bytes >= SMALL and self._share.short)
+        )
+
+    def release(self) -> None:
+        """What `on_reply` got is sent, or counted by the outbox: not before, or others would be
+        granted the same memory."""
+        if self._replied:
+            replied, self._replied = self._replied, 0
+            self._share.add(-replied)
 
     def start(self, request: Request, data: memoryview | bytes | None, miss: Miss | None) -> None:
         """Start a request that was validated. `data`: a WRITE's payload, ours until the reply."""
@@ -122,9 +146,12 @@ class LateRequests:
         except Exception as error:
             self._on_reply([self._failed(request, error, self.began)], None)
             return
-        self._count(1, _nb_bytes(request))
+        nb_bytes = _nb_bytes(request)
+        if isinstance(data, memoryview):
+            nb_bytes = max(nb_bytes, CAPACITY)  # it keeps the whole buffer that it came in
+        self._count(1, nb_bytes)
         self._poller.busy += 1
-        self._backend.nursery.start_soon(self._run, request, data, self.began)
+        self._backend.nursery.start_soon(self._run, request, data, nb_bytes, self.began)
 
     def queue_read(self, request: Request) -> bool:
         """Submit a READ that is within bounds; False: it must go another way."""
@@ -219,7 +246,7 @@ class LateRequests:
         return taken
 
     async def _run(
-        self, request: Request, data: memoryview | bytes | None, began: int
+        self, request: Request, data: memoryview | bytes | None, nb_bytes: int, began: int
     ) -> None:
         head, cookie, offset, length, _ = request
         reply: list[bytes | bytearray] = []
@@ -232,7 +259,7 @@ class LateRequests:
             reply = [self._failed(request, error, began)]
         finally:
             self._poller.busy -= 1
-            self._count(-1, -_nb_bytes(request))
+            self._count(-1, -nb_bytes)
             self._on_reply(reply, None)
 
     def _failed(self, request: Request, error: Exception, began: int) -> bytes:
@@ -258,4 +285,8 @@ class LateRequests:
 
 
 def _nb_bytes(request: Request) -> int:
-    return request[3] if command_of(request[0]) in CARRY_DATA else 0
+    """What a task holds for it."""
+    command, length = command_of(request[0]), request[3]
+    if command in CARRY_DATA:
+        return TASK + length
+    return TASK + (min(length, CACHE_STEP) if command == Command.CACHE else 0)

@@ -5,6 +5,8 @@ request at the end of the buffer. A WRITE's payload is a view of the receive buf
 all complete requests of a `recv` at once: one call per batch, no object per request but a tuple.
 
 A request that does not fit gets a buffer of its own size for as long as it takes to receive it.
+Who has nothing to keep holds no buffer (`settle`), and who has little a copy of it: so a client
+that is silent, or sends a byte at a time, costs what it has sent.
 Bad magic, or a payload longer than we announced, raises ProtocolError: the stream cannot be
 followed any further (NBD protocol, "Request message"). What came before is returned first, so that
 it does not depend on how the bytes were split which requests are seen.
@@ -12,9 +14,16 @@ it does not depend on how the bytes were split which requests are seen.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from nbdserve.nbd.budget import CAPACITY, SMALL
 from nbdserve.nbd.export import MAXIMUM_PAYLOAD
 from nbdserve.nbd.proto import REQUEST_MAGIC, Command, CommandFlag
+from nbdserve.nbd.scratch import new_buffer
 from nbdserve.nbd.wire import REQUEST_HEAD
+
+if TYPE_CHECKING:
+    from nbdserve.nbd.scratch import Scratch
 
 __all__ = [
     "FUA_WRITE",
@@ -37,8 +46,10 @@ PLAIN_READ = REQUEST_MAGIC << 32
 PLAIN_WRITE = PLAIN_READ | int(Command.WRITE)
 FUA_WRITE = PLAIN_WRITE | int(CommandFlag.FUA) << 16
 
-# Large enough for some 256 KiB writes on the way, small enough to stay in the processor's cache.
-CAPACITY = 1 << 20
+# Left over bytes up to which they are copied and the buffer goes back at once, and a payload from
+# which on it keeps the buffer it came in: at most one can.
+COPIED = 4096
+PINS_FROM = CAPACITY // 2 + 1
 
 HEADER_SIZE = REQUEST_HEAD.size
 _WRITE = int(Command.WRITE)
@@ -67,20 +78,26 @@ class ProtocolError(Exception):
 
 
 class RequestBuffer:
-    """Bytes received and not parsed yet: `_view[_start:_end]`."""
+    """Bytes received and not parsed yet: `_view[_start:_end]`. `needed` is what the next request
+    takes, as far as known; `held` the size of what is kept until more comes."""
 
-    def __init__(self) -> None:
-        self._view = memoryview(bytearray(CAPACITY))
+    def __init__(self, scratch: Scratch) -> None:
+        """`scratch`: of buffers of CAPACITY."""
+        self.needed = HEADER_SIZE
+        self._scratch = scratch
+        self._view: memoryview | None = None
         self._start = 0
         self._end = 0
-        self._needed = HEADER_SIZE  # bytes the next request takes, as far as known
         self._pinned = False
 
     def room(self) -> memoryview:
         """Where to receive into; payloads of earlier batches are overwritten unless pinned."""
-        if self._pinned or self._needed > len(self._view) - self._start or self._is_oversized():
-            self._move()
-        return self._view[self._end :]
+        view = self._view
+        if view is None:
+            view = self._view = self._scratch.take()
+        elif self._pinned or self.needed > len(view) - self._start or self._is_oversized(view):
+            view = self._move(view)
+        return view[self._end :]
 
     def received(self, nb_bytes: int) -> None:
         """That many bytes were put into `room()`."""
@@ -90,12 +107,45 @@ class RequestBuffer:
         """Payloads of this batch are kept: receive into another buffer from now on."""
         self._pinned = True
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory."""
+        return 0 if self._view is None else len(self._view)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the client has sent a part of a request."""
+        return self._end > self._start
+
+    def settle(self, *, sparing: bool = False) -> None:
+        """All requests that were parsed are executed: keep no more than is needed.
+
+        `sparing`: even if the rest is going to be copied back and forth.
+        """
+        view, rest = self._view, self._end - self._start
+        if view is None:
+            return
+        if not rest:
+            self._let_go(view)
+            self._view = None
+        elif rest <= (SMALL if sparing else COPIED) and len(view) > rest:
+            self._view = memoryview(bytes(view[self._start : self._end]))
+            self._start, self._end = 0, rest
+            self._let_go(view)
+
+    def drop(self) -> None:
+        """Forget what was received. Payloads that were parsed stay what they are."""
+        self._view = None
+        self._start = self._end = 0
+
     def parse(self, limit: int) -> list[Request]:
         """The complete requests at hand, at most `limit` of them.
 
         Raises ProtocolError where no request can follow, after all before it have been returned.
         """
         view, start, end = self._view, self._start, self._end
+        if view is None:
+            return []
         requests: list[Request] = []
         needed = HEADER_SIZE
         broken = ""
@@ -122,22 +172,29 @@ class RequestBuffer:
             needed = HEADER_SIZE
         if broken and not requests:
             raise ProtocolError(broken)
-        self._start, self._needed = start, needed
+        self._start, self.needed = start, needed
         if start == end:
             self._start = self._end = 0
         return requests
 
-    def _is_oversized(self) -> bool:
-        return len(self._view) > CAPACITY and self._needed <= CAPACITY
+    def _is_oversized(self, view: memoryview) -> bool:
+        return len(view) > CAPACITY and self.needed <= CAPACITY
 
-    def _move(self) -> None:
+    def _move(self, view: memoryview) -> memoryview:
         """Bring the incomplete request to the front, of another buffer if this one will not do."""
-        rest = self._view[self._start : self._end]
-        size = max(CAPACITY, self._needed)
-        if self._pinned or size != len(self._view):
-            view = memoryview(bytearray(size))
-            self._pinned = False
+        rest = view[self._start : self._end]
+        size = max(CAPACITY, self.needed)
+        if self._pinned or size != len(view):
+            moved = self._scratch.take() if size == CAPACITY else new_buffer(size)
+            moved[: len(rest)] = rest
+            self._let_go(view)
         else:
-            view = self._view
-        view[: len(rest)] = rest  # memmove: may overlap
-        self._view, self._start, self._end = view, 0, len(rest)
+            moved = view
+            moved[: len(rest)] = rest  # memmove: may overlap
+        self._view, self._start, self._end = moved, 0, len(rest)
+        return moved
+
+    def _let_go(self, view: memoryview) -> None:
+        if len(view) == CAPACITY and not self._pinned:
+            self._scratch.give(view)
+        self._pinned = False

@@ -15,6 +15,7 @@ from functools import cache
 from typing import NamedTuple
 
 from fuzz.scale import scaled
+from nbdserve.nbd import intake
 from nbdserve.nbd import requests as parser
 from nbdserve.nbd import validate as validation
 from nbdserve.nbd.proto import TransmissionFlag
@@ -25,6 +26,7 @@ from nbdserve.nbd.requests import (
     command_of,
     flags_of,
 )
+from nbdserve.nbd.scratch import Scratch
 from nbdserve.nbd.validate import Validator
 from transmission import BLOCK_STATUS, CACHE, DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, request
 
@@ -33,6 +35,7 @@ __all__ = [
     "MESSAGE_MAGIC",
     "SIZE",
     "SMALL",
+    "SMALL_PAYLOADS",
     "Foreseen",
     "error_of",
     "fix_length",
@@ -45,6 +48,7 @@ __all__ = [
 MAGIC = 0x25609513
 HEADER = 28
 CAPACITY = 4 << 10
+COPIED = 64
 LONGEST = 64 << 10
 SIZE = 256 << 10
 EPERM, EINVAL, ENOSPC, EOVERFLOW = 1, 22, 28, 75
@@ -143,12 +147,13 @@ def error_of(asked: Foreseen, session: Session) -> int:
     return EINVAL if command == BLOCK_STATUS and not length else 0
 
 
-SMALL = [
-    (parser, "CAPACITY", CAPACITY),
+SMALL_PAYLOADS = [
     (parser, "MAXIMUM_PAYLOAD", LONGEST),
+    (intake, "MAXIMUM_PAYLOAD", LONGEST),
     (validation, "MAXIMUM_PAYLOAD", LONGEST),
 ]
-"""In place of 1 and 64 MiB, which would be filled with zeroes each time."""
+SMALL = [*SMALL_PAYLOADS, (parser, "CAPACITY", CAPACITY), (parser, "COPIED", COPIED)]
+"""In place of 64 and 1 MiB, and 4 KiB."""
 
 
 def requests(data: bytes) -> None:
@@ -162,7 +167,7 @@ def _requests(data: bytes) -> None:
     expected, breaks = foresee(stream)
     validate = validator(session.read_only, session.structured, session.contexts).validate
     chance = random.Random(session.seed)
-    buffer = RequestBuffer()
+    buffer = RequestBuffer(Scratch(CAPACITY))
     pinned: list[tuple[memoryview, bytes]] = []
     number = 0
     broken = False
@@ -193,6 +198,7 @@ def _requests(data: bytes) -> None:
             if session.seed and chance.random() < 0.3:
                 buffer.pin()
                 pinned += [(view, bytes(view)) for *_, view in batch if view is not None]
+        buffer.settle(sparing=bool(session.seed & 1))
     assert number == len(expected), f"{number} requests of {len(expected)}"
     assert broken is breaks, "it does not end where the stream breaks"
     for view, content in pinned:

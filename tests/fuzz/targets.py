@@ -70,6 +70,8 @@ TARGETS: dict[str, Target] = {
                 "nbdserve.nbd.commands",
                 "nbdserve.nbd.replies",
                 "nbdserve.nbd.outbox",
+                "nbdserve.nbd.intake",
+                "nbdserve.nbd.budget",
                 "nbdserve.nbd.requests",
                 "nbdserve.nbd.validate",
                 "nbdserve.block.backend",

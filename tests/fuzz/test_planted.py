@@ -50,7 +50,7 @@ BUGS = [
         300,
         Bug(RequestBuffer.parse, "length > MAXIMUM_PAYLOAD", "length >= MAXIMUM_PAYLOAD"),
     ),
-    ("requests", 300, Bug(RequestBuffer.room, "self._pinned or ", "")),
+    ("requests", 300, Bug(RequestBuffer._let_go, " and not self._pinned", "")),
     (
         "requests",
         300,
@@ -61,7 +61,7 @@ BUGS = [
         300,
         Bug(RequestBuffer.parse, "end - start < needed:", "end - start < needed - 1:"),
     ),
-    ("transmission", 300, Bug(LateRequests._run, "self._count(-1, -_nb_bytes(request))", "pass")),
+    ("transmission", 300, Bug(LateRequests._run, "self._count(-1, -nb_bytes)", "pass")),
     (
         "transmission",
         300,

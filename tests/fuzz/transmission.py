@@ -22,7 +22,7 @@ from fuzz.requests import (
     LONGEST,
     MESSAGE_MAGIC,
     SIZE,
-    SMALL,
+    SMALL_PAYLOADS,
     Foreseen,
     Session,
     error_of,
@@ -49,7 +49,7 @@ for _start in range(0, SIZE, 64 << 10):
 
 
 SMALL_CONNECTION = [
-    *SMALL,
+    *SMALL_PAYLOADS,
     (connection, "SEND_AT", SEND_AT),
     (connection, "MAX_INLINE", INLINE),
     (poller, "SPIN", 0),

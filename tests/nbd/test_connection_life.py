@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from memory_leaf import MemoryLeaf
-from nbdserve.nbd.connection import BATCH, HANDSHAKE_TIMEOUT
+from nbdserve.nbd.intake import BATCH
 from nbdserve.nbd.late import MAX_BYTES, MAX_IN_FLIGHT
+from nbdserve.nbd.negotiate import HANDSHAKE_TIMEOUT
 from nbdserve.nbd.poller import EAGERLY
 from transmission import (
     DISC,
@@ -618,7 +619,8 @@ async def test_a_socket_that_fails(caplog):
 
     async with serving(filled()) as world:
         client = await world.connect()
-        client.connection._sock = Failing(client.connection._sock)
+        intake = client.connection._intake
+        intake._sock = Failing(intake._sock)
         await client.send(client.read(0, 1))
         await client.end()
     assert "the connection was lost: Connection timed out" in caplog.text

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserve.block.buffers import BufferPool
+from nbdserve.nbd.budget import Budget
 from nbdserve.nbd.outbox import MAX_IOV, Outbox
 
 
@@ -32,10 +34,16 @@ class Socket:
         return len(data)
 
 
+def outbox_on(sock):
+    budget = Budget()
+    share = budget.open(lambda: None, lambda: None, lambda reason: None)
+    return Outbox(sock, budget.sending, BufferPool(), share)
+
+
 @pytest.mark.parametrize("takes", [[6], [100]])
 def test_what_the_socket_takes_is_gone(takes):
     sock = Socket(takes)
-    outbox = Outbox(sock)
+    outbox = outbox_on(sock)
     outbox.send(memoryview(b"abcdef"))
     assert (sock.taken, outbox.pending) == (b"abcdef", False)
 
@@ -43,7 +51,7 @@ def test_what_the_socket_takes_is_gone(takes):
 @pytest.mark.parametrize(("takes", "taken"), [([], b""), ([2], b"ab"), ([5], b"abcde")])
 def test_what_it_does_not_take_is_kept(takes, taken):
     sock = Socket(takes)
-    outbox = Outbox(sock)
+    outbox = outbox_on(sock)
     outbox.send(memoryview(b"abcdef"))
     assert (sock.taken, outbox.pending) == (taken, True)
     outbox.resume()
@@ -55,7 +63,7 @@ def test_what_it_does_not_take_is_kept(takes, taken):
 
 def test_nothing_is_sent_past_what_is_kept():
     sock = Socket()
-    outbox = Outbox(sock)
+    outbox = outbox_on(sock)
     outbox.send(memoryview(b"a"))
     sock.takes = iter([100, 100])
     outbox.send(memoryview(b"b"))
@@ -70,10 +78,10 @@ def test_no_more_buffers_at_once_than_the_kernel_takes():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        Outbox(ours).send_all([b"x"] * 1500)
+        outbox_on(ours).send_all([b"x"] * 1500)
         assert theirs.recv(2000) == b"x" * 1500
     sock = Socket([1 << 20] * 100)
-    Outbox(sock).send_all([b"x"] * 1500)
+    outbox_on(sock).send_all([b"x"] * 1500)
     assert sock.most_buffers == MAX_IOV
     assert len(sock.taken) == 1500
 
@@ -82,7 +90,7 @@ def test_the_errors_of_a_dead_socket_are_raised():
     ours, theirs = socket.socketpair()
     theirs.close()
     with ours:
-        outbox = Outbox(ours)
+        outbox = outbox_on(ours)
         for send in (
             lambda: outbox.send(memoryview(b"x")),
             lambda: outbox.send_all([b"x"]),
@@ -95,7 +103,7 @@ def test_what_was_kept_for_a_socket_that_died_raises_too():
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with ours:
-        outbox = Outbox(ours)
+        outbox = outbox_on(ours)
         outbox.send_all([bytes(1 << 20)] * 8)
         assert outbox.pending
         theirs.close()
@@ -114,7 +122,7 @@ def test_what_was_kept_for_a_socket_that_died_raises_too():
 )
 def test_the_stream_stays_in_order(sends, takes):
     sock = Socket(takes)
-    outbox = Outbox(sock)
+    outbox = outbox_on(sock)
     expected = b""
     for what in sends:
         if isinstance(what, bytes):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserve.nbd.budget import CAPACITY
 from nbdserve.nbd.requests import (
-    CAPACITY,
     PLAIN_READ,
     PLAIN_WRITE,
     ProtocolError,
@@ -23,6 +23,7 @@ from nbdserve.nbd.requests import (
     command_of,
     flags_of,
 )
+from nbdserve.nbd.scratch import Scratch
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS, RESIZE = range(9)
 HEADER = 28
@@ -42,7 +43,7 @@ class Feeder:
     """Receives into a RequestBuffer as a connection does, and keeps copies of what was parsed."""
 
     def __init__(self, limit=MANY):
-        self.buffer = RequestBuffer()
+        self.buffer = RequestBuffer(Scratch(CAPACITY))
         self.limit = limit
         self.requests = []
 
@@ -159,7 +160,7 @@ def test_an_incomplete_request_behind_is_kept(stream, expected, trailing):
 @pytest.mark.parametrize("limit", [1, 2, 3, 79, 80, 81])
 def test_at_most_limit_at_a_time(limit):
     stream, expected = CASES["reads and writes in turn"]
-    buffer = RequestBuffer()
+    buffer = RequestBuffer(Scratch(CAPACITY))
     buffer.room()[: len(stream)] = stream
     buffer.received(len(stream))
     found = [plain(request) for request in buffer.parse(limit)]
@@ -170,7 +171,7 @@ def test_at_most_limit_at_a_time(limit):
 
 
 def test_nothing_yet():
-    assert RequestBuffer().parse(1) == []
+    assert RequestBuffer(Scratch(CAPACITY)).parse(1) == []
 
 
 # Where the buffer ends
@@ -204,7 +205,7 @@ def test_a_write_about_as_large_as_the_buffer(length, before):
 def test_an_oversized_write_grows_the_buffer_and_it_shrinks_back(size, step):
     data = random.Random(size).randbytes(1 << 20) * (size >> 20) + bytes(size & 0xFFFFF)
     data = data[:size]
-    buffer = RequestBuffer()
+    buffer = RequestBuffer(Scratch(CAPACITY))
     stream = message(READ, 1) + write(data, 2) + write(b"small", 3)
     position = largest = 0
     found = []
@@ -249,7 +250,7 @@ def receive(buffer, data):
 
 
 def test_a_pinned_payload_stays_while_receiving_goes_on():
-    buffer = RequestBuffer()
+    buffer = RequestBuffer(Scratch(CAPACITY))
     receive(buffer, write(b"first" * 20, 1) + write(b"2nd, incomplete", 2)[:-4])
     [(_, _, _, _, kept)] = buffer.parse(MANY)
     buffer.pin()
@@ -265,7 +266,7 @@ def test_a_pinned_payload_stays_while_receiving_goes_on():
 
 
 def test_a_pin_holds_for_one_batch_only():
-    buffer = RequestBuffer()
+    buffer = RequestBuffer(Scratch(CAPACITY))
     receive(buffer, write(b"x"))
     pinned = buffer.room().obj
     buffer.parse(MANY)
