@@ -27,7 +27,7 @@ KERNEL ?=
 # have a target of their own.
 PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
 
-.PHONY: help serve test matrix races kernel check lint types coverage bench cache-table clean limits
+.PHONY: help serve test matrix races kernel check lint types coverage bench cache-table clean limits # make fuzz FUZZ_ARGS='--target handshake --runs 1000000 --seed 1' FUZZ_ARGS ?= refusals
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -54,6 +54,12 @@ kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_
 	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
 	NBDSERVE_KERNEL=$$(basename $$kernel) \
 		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.has-fuzz  ## mutated bytes for whatever reads a stranger's, guided by coverage
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
+
+refusals: $(VENV)/.has-test  ## what it costs to refuse each damaged image: a table
+	PYTHONPATH=tests $(BIN)/python -m fuzz.damages
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test
@@ -89,7 +95,8 @@ clean:  ## remove what was made here, the demo image too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: the environment holds the package (editable) with what that use needs.  They are made
-# anew when the metadata changes.  dev contains test contains run, so one install serves all three.
+# anew when the metadata changes.  dev and fuzz contain test contains run, so one install serves
+# all below it.
 INSTALLS := setup.cfg pyproject.toml tools/venv.sh
 
 $(VENV)/.has-run: $(INSTALLS)
@@ -108,4 +115,10 @@ $(VENV)/.has-dev: $(INSTALLS)
 	@tools/venv.sh $(VENV)
 	@echo 'Installing nbdserve, what its tests need, mypy and ruff into $(VENV)'
 	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.has-run $(VENV)/.has-test $@
+
+$(VENV)/.has-fuzz: $(INSTALLS)
+	@tools/venv.sh $(VENV)
+	@echo 'Installing nbdserve and what fuzzes it into $(VENV)'
+	@$(PIP_INSTALL) -e '.[fuzz]'
 	@touch $(VENV)/.has-run $(VENV)/.has-test $@

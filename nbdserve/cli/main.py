@@ -27,8 +27,9 @@ COMMANDS = {
 }
 """Subcommand -> the module whose ``command`` it is; imported when it is asked for."""
 
-_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), 127)}
-"""Control characters, for example in file names, are escaped: an error is one line."""
+_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+"""Control characters, for example in file names, are escaped: an error is one line, and nothing
+in it is a command to the terminal (U+009B begins one, as ESC [ does)."""
 
 
 class _Commands(click.Group):

@@ -51,6 +51,7 @@ REFUSED = [
     (["serve", ""], "file name is empty"),
     (["serve", "--fork", ""], "file name is empty"),
     (["serve", "disk\nimage"], "disk\\nimage"),
+    (["serve", "disk\x9b31m"], "disk\\x9b31m"),  # a command to a terminal, in one character
     (["serve", "missing"], "missing: No such file or directory"),
     (["serve", "-f", "vmdk", "disk"], "vmdk"),
     (["serve", "-f", "qcow2", "disk"], "disk"),

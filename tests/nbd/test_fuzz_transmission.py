@@ -1,50 +1,31 @@
-"""Any bytes after a handshake get well-formed replies, one to each request, or a closed connection.
+"""A client that vanishes after any bytes leaves nothing behind; one that floods takes no memory.
 
-And nothing else happens: `run` returns, nothing stays in flight, another connection goes on, and
-the memory that a client can make us take is bounded. What is a request is decided here by a parser
-of its own, a naive one. Each example is one client; it sends its bytes in pieces of any size to a
-leaf that may be slow or fail, and then half-closes and listens, or vanishes.
+What a client is answered that half-closes and listens is held by tests/fuzz/transmission.py. Here
+it is gone in the middle: nothing stays in flight, another connection goes on. Each example is one
+client; it sends its bytes in pieces of any size to a leaf that may be slow or fail.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
 import tracemalloc
 
 import pytest
 import trio
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_leaf import MemoryLeaf
 from nbdserve.block.run import Miss
 from nbdserve.nbd.export import MAXIMUM_PAYLOAD
 from nbdserve.nbd.late import MAX_BYTES
-from transmission import DISC, READ, WRITE, request, serving, settle
+from transmission import READ, WRITE, request, serving, settle
 
 SIZE = 256 << 10
-HEADER = 28
 MIB = 1 << 20
 
 # A poller, two connections with a receive and a send buffer each, what a test costs itself.
 OVERHEAD = 24 * MIB
-
-
-def parse(stream):
-    """The complete requests up to the first that ends the connection."""
-    requests = []
-    while len(stream) >= HEADER:
-        magic, flags, command, cookie, offset, length = struct.unpack_from(">IHHQQI", stream)
-        stream = stream[HEADER:]
-        if magic != 0x25609513 or command == DISC:
-            break
-        if command == WRITE:
-            if length > MAXIMUM_PAYLOAD or len(stream) < length:
-                break
-            stream = stream[length:]
-        requests.append((cookie, command, offset, length, flags))
-    return requests
 
 
 # Mostly what is in range or nearly so, for what is refused at once tells little.
@@ -101,30 +82,6 @@ async def send_in_pieces(client, stream, sizes):
         client.sock.shutdown(socket.SHUT_WR)
     except (BrokenPipeError, ConnectionResetError, trio.ClosedResourceError):
         pass  # the server, or the test, has closed it
-
-
-@given(
-    parts=st.lists(messages, max_size=12),
-    sizes=st.lists(st.integers(1, 50_000), max_size=20),
-    leaf=leaves.map(lambda options: make_leaf(**options)),
-    structured=st.booleans(),
-    glued=st.integers(0, 100),
-)
-async def test_any_bytes(parts, sizes, leaf, structured, glued):
-    stream = b"".join(parts)
-    expected = parse(stream)
-    cookies = {cookie for cookie, *_ in expected}
-    assume(len(cookies) == len(expected))  # the client tells replies apart by them
-    async with serving(leaf) as world:
-        other = await world.connect()
-        client = await world.connect(structured=structured, glued=stream[:glued])
-        for cookie, *what in expected:
-            client.expect(cookie, *what)
-        world.nursery.start_soon(send_in_pieces, client, stream[glued:], sizes)
-        answers = await client.answers(len(expected))
-        assert {answer.cookie for answer in answers} == cookies
-        await client.end()
-        await check_others(world, other, leaf)
 
 
 @given(
