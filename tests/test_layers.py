@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
+    "testing": BLOCK_STACK,
     "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters"},
     "graph": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "opener"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics"},
