@@ -14,6 +14,8 @@ export IMAGE ?= demo.qcow2
 SERVE_ARGS ?=
 # make test PYTEST_ARGS='-k handshake -n 0'
 PYTEST_ARGS ?=
+# make crash CRASH_ARGS='--seed 7 --states 20000'
+CRASH_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
@@ -24,7 +26,7 @@ KERNEL ?=
 # have a target of their own.
 PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
 
-.PHONY: help serve test matrix kernel check lint types coverage bench cache-table clean
+.PHONY: help serve test matrix kernel crash check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -48,6 +50,10 @@ kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_
 	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
 	NBDSERVE_KERNEL=$$(basename $$kernel) \
 		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
+
+crash: $(VENV)/.has-test  ## crashes of the qcow2 node, many; CRASH_ARGS='--seed 7 --states 20000'
+	@tools/peers.sh
+	PYTHONPATH=tests $(BIN)/python -m crash $(CRASH_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test
