@@ -32,7 +32,7 @@ from nbdserve.testing.writelog import CHANGES, ENDS, Kind, Record, WriteLog, cha
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["SECTOR", "Cut", "State", "all_cuts", "cut", "digest", "state_at"]
+__all__ = ["SECTOR", "Cut", "State", "all_cuts", "cut", "digest", "nb_stretches", "state_at"]
 
 SECTOR = 512
 WHOLE = NEVER = 1 << 62
@@ -229,6 +229,8 @@ def all_cuts(log: WriteLog, limit: int, *, seed: int = 0) -> Iterator[Cut]:
     """
     seen: set[tuple[bytes, int]] = set()
     spans = list(_spans(log))
+    if limit < len(spans):
+        spans = random.Random(seed).sample(spans, limit)
     for turn in itertools.count():
         before = len(seen)
         for number, span in reversed(list(enumerate(spans))):
@@ -249,6 +251,11 @@ def all_cuts(log: WriteLog, limit: int, *, seed: int = 0) -> Iterator[Cut]:
                 del spans[number]
         if len(seen) == before:
             return
+
+
+def nb_stretches(log: WriteLog) -> int:
+    """With so many cuts `all_cuts` comes to every flush, durable write and mark of the log."""
+    return sum(1 for _ in _spans(log))
 
 
 def _spans(log: WriteLog) -> Iterator[tuple[int, int, int]]:

@@ -17,10 +17,14 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from crash.search import Found, Searched, search_by_name
+from crash.plans import draw_plan
+from crash.search import Found, Searched, search_by_name, search_closely, shrink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    Task = tuple[str, str | None, int]
+    SearchAll = Callable[[Callable[[Task], Searched], Sequence[Task]], Iterable[Searched]]
 
 PROGRESS_SECONDS = 15.0
 
@@ -70,43 +74,50 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def run(chosen: argparse.Namespace) -> Totals:
+def run(chosen: argparse.Namespace, search_all: SearchAll) -> Totals:
     """Search until there are enough states, or one that is bad."""
     totals = Totals()
     numbers = itertools.count() if chosen.only is None else [chosen.only]
-    tasks = (
-        (f"{chosen.seed}/{number}", chosen.mode, chosen.limit, chosen.limit // 2)
-        for number in numbers
-    )
-    started = time.monotonic()
-    told = started
-    with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
-        while batch := list(itertools.islice(tasks, 8 * chosen.jobs)):
-            for searched in pool.imap_unordered(search_by_name, batch):
-                totals.add(searched)
-                if totals.found is not None:
-                    return totals
-            if time.monotonic() > told + PROGRESS_SECONDS:
-                told = time.monotonic()
-                rate = len(totals.states) / (told - started)
-                print(f"{totals.plans.total():,} programs, {len(totals.states):,} distinct crash"
-                      f" states, {rate:.0f} a second", flush=True)
-            if len(totals.states) >= chosen.states:
-                break
+    tasks = ((f"{chosen.seed}/{number}", chosen.mode, chosen.limit) for number in numbers)
+    started = told = time.monotonic()
+    while batch := list(itertools.islice(tasks, 8 * chosen.jobs)):
+        for searched in search_all(search_by_name, batch):
+            totals.add(searched)
+            if totals.found is not None:
+                return totals
+        if time.monotonic() > told + PROGRESS_SECONDS:
+            told = time.monotonic()
+            rate = len(totals.states) / (told - started)
+            print(f"{totals.plans.total():,} programs, {len(totals.states):,} distinct crash"
+                  f" states, {rate:.0f} a second", flush=True)
+        if len(totals.states) >= chosen.states:
+            break
     return totals
+
+
+def report(chosen: argparse.Namespace, found: Found) -> Iterator[str]:
+    """What to print of a crash that broke a promise."""
+    mode = f" --mode {chosen.mode}" if chosen.mode else ""
+    yield f"plan {found.plan}, crash at moment {found.moment}: {found.reason}"
+    yield (f"again: make crash CRASH_ARGS='--seed {chosen.seed} --only"
+           f" {found.plan.split('/')[1]}{mode} --limit {chosen.limit}'")
+    plan = shrink(draw_plan(found.plan, mode=chosen.mode), chosen.limit)
+    again = search_closely(plan, chosen.limit).found
+    if again is not None:
+        yield f"less is enough, in {plan.mode.name}, patience {plan.patience}, {plan.image}:"
+        for batch in plan.batches:
+            yield f"  {' beside '.join(map(str, batch))}"
+        yield f"crash at moment {again.moment}: {again.reason}"
 
 
 def main() -> int:
     chosen = arguments(sys.argv[1:])
     started = time.monotonic()
-    totals = run(chosen)
+    with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
+        totals = run(chosen, pool.imap_unordered)
     if totals.found is not None:
-        found = totals.found
-        number = found.plan.split("/")[1]
-        mode = f" --mode {chosen.mode}" if chosen.mode else ""
-        print(f"plan {found.plan}, crash at moment {found.moment}: {found.reason}\n"
-              f"again: make crash CRASH_ARGS='--seed {chosen.seed} --only {number}{mode}"
-              f" --limit {chosen.limit}'")
+        for line in report(chosen, totals.found):
+            print(line, flush=True)
         return 1
     print(*totals.lines(chosen.seed, time.monotonic() - started), sep="\n")
     return 0

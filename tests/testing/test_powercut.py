@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from nbdserve.testing.powercut import all_cuts, cut, state_at
+from nbdserve.testing.powercut import all_cuts, cut, nb_stretches, state_at
 from nbdserve.testing.writelog import Kind, WriteLog
 
 S = 512
@@ -227,6 +227,8 @@ def test_a_limit_is_kept_and_spread():
     for number in range(20):
         write(log, number, "xyzxyzxyzxyz")
         flush(log)
+    assert nb_stretches(log) == 21
+    assert len({moment for moment, _ in all_cuts(log, 21)}) == 21
     for limit in (1, 7, 100, 700):
         cuts = list(all_cuts(log, limit))
         assert len(cuts) == limit
