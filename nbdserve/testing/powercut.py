@@ -186,8 +186,12 @@ def _contents(base: bytes, low: int, found: list[tuple[Change, int, int]]) -> li
     return list(contents)
 
 
-def state_at(log: WriteLog, moment: int) -> State:
-    """What is certain and what is not if the power goes at a moment of the log."""
+def state_at(log: WriteLog, moment: int, *, power: bool = True) -> State:
+    """What is certain and what is not if the power goes at a moment of the log.
+
+    Not `power`: the process that wrote is killed, and nothing else. Then all that had returned is
+    certain; what had not may be there in part, as a system call that is killed may leave it.
+    """
     records = log.records[:moment]
     ended = {record.number: at for at, record in enumerate(records) if record.kind in ENDS}
     durable = {record.number for record in records if record.kind is Kind.DURABLE}
@@ -203,7 +207,8 @@ def state_at(log: WriteLog, moment: int) -> State:
             continue
         file = record.file
         number = record.number
-        certain = number in durable or ended.get(number, NEVER) < covered[file]
+        limit = covered[file] if power else NEVER
+        certain = number in durable or ended.get(number, NEVER) < limit
         if certain and file not in uncertain:
             change(base[file], record)
         else:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crash.plans import Image
+    from crash.record import Begun, Written
 
 __all__ = ["Judge", "assert_qemu_agrees", "works_again"]
 
@@ -94,8 +95,17 @@ class Judge:
         return self._pieces[key]
 
 
-def _narrow(promise, begun, cuts, place, allowed) -> None:  # noqa: ANN001
-    """A durable write was acknowledged: what was there before it may not be there any more."""
+def _narrow(
+    promise: Written,
+    begun: list[Begun],
+    cuts: list[int],
+    place: dict[int, int],
+    allowed: list[set[bytes]],
+) -> None:
+    """A durable write was acknowledged: what was there before it may not be there any more.
+
+    `allowed`: what the pieces between `cuts` may read as; `place`: the number of each cut.
+    """
     offset, data = promise.effect
     others = [request.effect for request in begun if request.batch >= promise.batch]
     for number in range(place[offset], place[offset + len(data)]):

@@ -132,9 +132,11 @@ async def _record(
             await _run_batch(backend, disk, history, number, batch, look=look)
         await backend.flush()
     counters = node.statistics()
+    grown = (len(file.content) - len(files[0])) // image.cluster_size
     history.counts = {
         "allocated": counters["allocated_clusters"],
         "freed": counters["freed_clusters"],
+        "reused": counters["allocated_clusters"] - grown,
         "evicted": counters["l2_cache"].evictions + counters["refcount_cache"].evictions,
         "tables moved": counters["written_back"].get("NEW_REFCOUNT_TABLE", 0),
         "decompressed": counters["compressed"].decompressed,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from crash.plans import draw_plan
 from crash.promises import Judge, assert_qemu_agrees, works_again
 from crash.record import record
-from nbdserve.testing.powercut import Cut, all_cuts, digest, nb_stretches
+from nbdserve.testing.powercut import Cut, all_cuts, digest, nb_stretches, state_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ def crashes(history: History, limit: int) -> Iterator[Cut]:
     unsafe = history.plan.mode.no_flush
     deaths = min(limit if unsafe else limit // 10, len(log) + 1)
     for moment in chooser.sample(range(len(log) + 1), deaths):
-        yield Cut(moment, tuple(log.replay(moment)))
+        yield Cut(moment, state_at(log, moment, power=False).sample(chooser))
     if not unsafe:
         yield from all_cuts(log, max(limit - deaths, nb_stretches(log)))
 

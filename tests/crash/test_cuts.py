@@ -4,7 +4,6 @@ promised is there. A few plans of each cache mode; `make crash` goes through man
 plans.py has the programs, promises.py what is asked of each crash.
 """
 
-import collections
 
 import pytest
 
@@ -20,7 +19,7 @@ from nbdserve.testing.powercut import all_cuts
 from nbdserve.testing.writelog import CHANGES
 from qcow2_model import Request
 
-NB_PLANS = 10  # of each mode
+NB_PLANS = 20  # of each mode
 
 
 def assert_harmless(plan, limit, **options):
@@ -37,16 +36,6 @@ def test_crashes_are_harmless(mode):
         plan = draw_plan(f"test/{mode}/{number}", mode=mode)
         states |= assert_harmless(plan, 50, qemu_every=60, again_every=60).states
     assert len(states) > 20 * NB_PLANS
-
-
-@pytest.mark.peer("qemu-img")
-def test_the_plans_get_everywhere():
-    counts = collections.Counter()
-    for number in range(60):
-        plan = draw_plan(f"test/everywhere/{number}")
-        counts.update(record(plan, plan.image.files()).counts)
-    assert all(count > 0 for count in counts.values()), counts
-    assert counts["tables moved"] > 1
 
 
 # --- a qemu-nbd of 7.2 loses data here ------------------------------------------------------------

@@ -79,6 +79,13 @@ def test_a_write_with_fua_is_there_and_nothing_else_is(log):
     assert outcomes(log) == ["ayza", "xyza"]
 
 
+def test_the_death_of_a_process_takes_only_what_had_not_returned(log):
+    write(log, 0, "x")
+    log.begin(Kind.WRITE, 0, S, sectors("yz"))
+    found = state_at(log, len(log), power=False).outcomes()
+    assert sorted(letters(images[0]) for images in found) == ["xaaa", "xaza", "xyaa", "xyza"]
+
+
 def test_writes_of_one_sector_come_in_their_order(log):
     write(log, 0, "x")
     write(log, 0, "y")
