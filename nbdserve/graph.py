@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from nbdserve.block.node import Node
     from nbdserve.config import ImageConfig, ThrottleLimits
+    from nbdserve.guardian import Guardian
 
 log = logging.getLogger("nbdserve.graph")
 
@@ -41,9 +42,15 @@ __all__ = ["Shared", "locked_for_creation", "open_backend", "shared_by_drives"]
 class Shared:
     """What the drives of a process have in common. Needs a running trio; `close` it after them."""
 
-    def __init__(self, groups: Mapping[str, ThrottleLimits] | None = None) -> None:
-        """`groups`: throttle groups by name, for throttles and throttle nodes to refer to."""
+    def __init__(
+        self,
+        groups: Mapping[str, ThrottleLimits] | None = None,
+        guardian: Guardian | None = None,
+    ) -> None:
+        """`groups`: throttle groups by name, for throttles and throttle nodes to refer to.
+        `guardian`: who finishes the work of this process if it is killed."""
         self.engines = Engines()
+        self.guardian = guardian
         self.groups = ThrottleGroups(groups)
         self.names = NodeNames()
 
@@ -53,9 +60,11 @@ class Shared:
 
 
 @contextmanager
-def shared_by_drives(groups: Mapping[str, ThrottleLimits] | None = None) -> Iterator[Shared]:
+def shared_by_drives(
+    groups: Mapping[str, ThrottleLimits] | None = None, guardian: Guardian | None = None
+) -> Iterator[Shared]:
     """`Shared`, for the body."""
-    shared = Shared(groups)
+    shared = Shared(groups, guardian)
     try:
         yield shared
     finally:
@@ -122,7 +131,9 @@ async def _open_tree(config: ImageConfig, shared: Shared) -> tuple[ImageConfig, 
     is_auto = config.cache is CACHE_AUTO
     if is_auto and config.aio is None and shared.engines.get(None, direct=True).name != "io_uring":
         return await _open_tree(_decided(config, "writeback", "io_uring is not to be had"), shared)
-    opener = Opener(shared.engines, shared.groups, shared.names)
+    opener = Opener(
+        shared.engines, shared.groups, shared.names, config.references, shared.guardian
+    )
     try:
         root = await opener.open_root(config.tree, root_settings(config.tree, config.flags))
     except BaseException as error:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from nbdserve.block.completions import Completions
     from nbdserve.config import ListenConfig, ServeConfig
+    from nbdserve.guardian import Guardian
 
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds a stop waits for requests in flight and for clients to read their replies.
@@ -89,12 +90,18 @@ class Ready:
     others: Sequence[str] = ()
 
 
-async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> None:
+async def serve(
+    config: ServeConfig,
+    *,
+    on_ready: Callable[[Ready], None],
+    guardian: Guardian | None = None,
+) -> None:
     """Serve an image until a stop signal, or until the last client has left.
 
     Must run in the main thread. ``on_ready`` is called once, when clients are accepted and
     the pid file is written; what it raises stops the server. A caller who does not want to be
-    killed by a SIGUSR1 that comes too early or too late ignores it before.
+    killed by a SIGUSR1 that comes too early or too late ignores it before. ``guardian``: who
+    finishes the write-back if this process is killed (guardian.py).
 
     :raises NbdserveError: the image is refused, or an option cannot be honoured.
     :raises OSError: the last flush failed, or the image could not be closed.
@@ -105,7 +112,7 @@ async def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None]) -> No
             wishes = _Wishes()
             nursery.start_soon(_watch_signals, signals, wishes)
             try:
-                await _serve_until(wishes, config, on_ready)
+                await _serve_until(wishes, config, on_ready, guardian)
             finally:
                 if config.verbose:
                     wishes.report()
@@ -121,9 +128,12 @@ class _Wishes:
 
 
 async def _serve_until(
-    wishes: _Wishes, config: ServeConfig, on_ready: Callable[[Ready], None]
+    wishes: _Wishes,
+    config: ServeConfig,
+    on_ready: Callable[[Ready], None],
+    guardian: Guardian | None,
 ) -> None:
-    with contextlib.ExitStack() as at_end, shared_by_drives(config.groups) as shared:
+    with contextlib.ExitStack() as at_end, shared_by_drives(config.groups, guardian) as shared:
         async with contextlib.AsyncExitStack() as drives:
             exports = []
             for image, what in config.served():

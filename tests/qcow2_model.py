@@ -34,6 +34,8 @@ from nbdserve.testing.writelog import CHANGES, Kind, WriteLog, change
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from nbdserve.block.redo import RedoLog
+
 Buffer = bytes | bytearray | memoryview
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -280,6 +282,7 @@ async def open_memory(
     settle: bool = False,
     close: bool = True,
     engine: ThreadsEngine | InlineEngine | None = None,
+    log: RedoLog | None = None,
 ) -> AsyncIterator[tuple[BlockBackend, Qcow2Node]]:
     """The qcow2 image in `file`, for the body; then closed, unless told otherwise.
 
@@ -299,6 +302,7 @@ async def open_memory(
                 data_file=data_file,
                 read_only=read_only,
                 cache_sizes=cache_sizes,
+                log=log,
             )
             if settle:
                 nursery.start_soon(node.settle)

@@ -22,6 +22,7 @@ nbd-client      nbd-client
 fio             fio
 strace          strace
 losetup         mount
+setpriv         util-linux
 "
 # With the argument "kernel" those of tests/kernel too. guest-kernel is a Debian kernel, fetched by a
 # tool of its own and not installed.
@@ -31,7 +32,6 @@ busybox         busybox-static
 mkfs.xfs        xfsprogs
 mke2fs          e2fsprogs
 debugfs         e2fsprogs
-setpriv         util-linux
 guest-kernel    -
 "
 

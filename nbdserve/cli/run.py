@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbdserve.cli.daemon import detach
+from nbdserve.guardian import guardian
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nbdserve.config import ServeConfig
+    from nbdserve.guardian import Guardian
     from nbdserve.server import Ready
 
 
@@ -33,6 +35,16 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
         config = _with_absolute_paths(config)
     report = detach() if fork else None
 
+    with guardian(keep_stderr=not fork or config.verbose) as our_guardian:
+        _run(config, announcement, report, our_guardian)
+
+
+def _run(
+    config: ServeConfig,
+    announcement: Callable[[Ready], str],
+    report: Callable[[bool], None] | None,
+    our_guardian: Guardian | None,
+) -> None:
     import trio
 
     from nbdserve.server import serve
@@ -43,7 +55,7 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
             report(config.verbose)
 
     async def run() -> None:
-        await serve(config, on_ready=on_ready)
+        await serve(config, on_ready=on_ready, guardian=our_guardian)
 
     trio.run(run)
 

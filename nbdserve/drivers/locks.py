@@ -23,6 +23,10 @@ bytes need not exist, and are never read or written.
 A kernel without OFD locks (before 3.15, some sandboxes) gets no locking at all, which is
 QEMU's ``locking=auto``. A *file system* that refuses them is an error, as in QEMU.
 
+Two more bytes are ours, and mean nothing to QEMU. A guardian (guardian.py) holds the image locks of
+its server on a description of its own, with GUARDIAN_BYTE; the server marks its own by SERVER_BYTE,
+until the last of its I/O has ended, which may be after its death.
+
 There was a fifth permission (bit 4, "graph-mod") whose bytes QEMU up to 6.1 may lock;
 it conflicted with nothing, so it is neither locked nor tested here.
 """
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 
 PERMISSION_BASE = 100
 SHARED_BASE = 200
+SERVER_BYTE = 300
+GUARDIAN_BYTE = 301
 
 
 class Permission(enum.IntFlag):
@@ -162,6 +168,30 @@ class ImageLock:
             raise
         self._keep_only(wanted)
 
+    def copy_to(self, fd: int) -> None:
+        """Hold the same locks on another open file description of the file, for as long as that
+        exists: requests through it may be in flight when this process is gone. Raises OSError."""
+        for byte in sorted(self._held):
+            _set_lock(fd, byte, fcntl.F_RDLCK)
+
+    def twin(self, fd: int) -> ImageLock:
+        """Hold the same locks on another open file description of the file, for a guardian.
+
+        :raises ImageError: the file system refuses the locks. (Without any, as with locking=off,
+            it may.)
+        """
+        twin = ImageLock(fd, self._filename)
+        if ofd_locks_available():
+            try:
+                for byte in (*sorted(self._held), GUARDIAN_BYTE):
+                    twin._lock(byte)
+                self._lock(SERVER_BYTE)
+            except BaseException as error:
+                twin.release()
+                if self._held or not isinstance(error, ImageError):
+                    raise
+        return twin
+
     def release(self) -> None:
         """Drop every lock; a second call does nothing. To be called before closing the fd."""
         self._keep_only(frozenset())
@@ -215,6 +245,17 @@ class ImageLock:
             " (its file system must support byte-range locks)",
             error.errno,
         )
+
+
+def server_is_alive(fd: int) -> bool:
+    """Whether the server whose guardian holds `fd` lives, or I/O of its. Raises OSError if that
+    cannot be known."""
+    return _test_lock(fd, SERVER_BYTE)[0] != fcntl.F_UNLCK
+
+
+def is_being_rescued(fd: int) -> bool:
+    """Whether a guardian has the image, and its server is dead. Raises OSError."""
+    return _test_lock(fd, GUARDIAN_BYTE)[0] != fcntl.F_UNLCK and not server_is_alive(fd)
 
 
 @functools.cache
@@ -275,6 +316,8 @@ def _describe_holders(fd: int, byte: int, pid: int) -> str:
     :param pid: the owner if it is a POSIX lock, else not positive.
     """
     pids = [pid] if pid > 0 else sorted(_find_holders(os.fstat(fd), fd, byte))
+    if not pids and (pids := sorted(_find_holders(os.fstat(fd), fd, GUARDIAN_BYTE))):
+        return f"the guardian (pid {pids[0]}) of a server that was killed"
     if not pids:
         return "another process"
     named = [f"{_process_name(pid)} (pid {pid})" for pid in pids[:_MAX_NAMED]]
@@ -296,7 +339,10 @@ def _process_name(pid: int) -> str:
 
 
 def _find_holders(image: os.stat_result, own_fd: int, byte: int) -> Iterator[int]:
-    """Pids that have the image open with a lock on ``byte``, as far as we may look."""
+    """Pids that have the image open with a lock on ``byte``, as far as we may look.
+
+    A guardian's description does not count, unless it is what is looked for.
+    """
     own = (os.getpid(), own_fd)
     for pid in _numbers("/proc"):
         for fd in _numbers(f"/proc/{pid}/fdinfo"):
@@ -308,8 +354,11 @@ def _find_holders(image: os.stat_result, own_fd: int, byte: int) -> Iterator[int
 def _holds(image: os.stat_result, pid: int, fd: int, byte: int) -> bool:
     try:
         with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
-            if not any(_covers(line, byte) for line in file):
-                return False
+            lines = list(file)
+        if not any(_covers(line, byte) for line in lines):
+            return False
+        if byte != GUARDIAN_BYTE and any(_covers(line, GUARDIAN_BYTE) for line in lines):
+            return False
         # The device number in the lock line is not the one stat gives on btrfs and
         # overlayfs, so the files are compared by stat; last, as it can hang on a dead NFS.
         return os.path.samestat(image, os.stat(f"/proc/{pid}/fd/{fd}"))

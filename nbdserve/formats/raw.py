@@ -48,7 +48,7 @@ class RawNode(Node):
             no_flush=file.no_flush,
         )
         self._file = file
-        self._offset = offset
+        self.offset = offset
         self._end = size
         self._guarded = guarded
         self._first_sector = trio.Lock()
@@ -66,10 +66,10 @@ class RawNode(Node):
             return Miss.OPAQUE
         if self._end is not None and offset + length > self._end:
             return Miss.OPAQUE  # the asynchronous path says why
-        return self._file.resolve(op, offset + self._offset, length)
+        return self._file.resolve(op, offset + self.offset, length)
 
     def allocate_nowait(self, offset: int, data: Buffer) -> bool:
-        return self._file.allocate_nowait(offset + self._offset, data)
+        return self._file.allocate_nowait(offset + self.offset, data)
 
     def _check_end(self, offset: int, length: int, error: int) -> None:
         if self._end is not None and offset + length > self._end:
@@ -77,29 +77,29 @@ class RawNode(Node):
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         self._check_end(offset, len(buffer), errno.EINVAL)
-        await self._file.read(offset + self._offset, buffer)
+        await self._file.read(offset + self.offset, buffer)
 
     async def write(self, offset: int, data: Buffer) -> None:
         self._check_end(offset, len(data), errno.ENOSPC)
         if not self._guarded or offset >= PROBE_SIZE:
-            await self._file.write(offset + self._offset, data)
+            await self._file.write(offset + self.offset, data)
             return
         async with self._first_sector:
             await self._check_first_sector(offset, data)
-            await self._file.write(offset + self._offset, data)
+            await self._file.write(offset + self.offset, data)
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
         self._check_end(offset, len(data), errno.ENOSPC)
         if not self._guarded or offset >= PROBE_SIZE:
-            return await self._file.write_fua(offset + self._offset, data)
+            return await self._file.write_fua(offset + self.offset, data)
         async with self._first_sector:
             await self._check_first_sector(offset, data)
-            return await self._file.write_fua(offset + self._offset, data)
+            return await self._file.write_fua(offset + self.offset, data)
 
     async def _check_first_sector(self, offset: int, data: Buffer) -> None:
         """Raise OSError(EPERM) if `data` would make the image look like one in another format."""
         sector = bytearray(min(PROBE_SIZE, self.size))
-        await self._file.read(self._offset, memoryview(sector))
+        await self._file.read(self.offset, memoryview(sector))
         piece = memoryview(data)[: len(sector) - offset]
         sector[offset : offset + len(piece)] = piece
         name = looks_like_format(bytes(sector))
@@ -114,7 +114,7 @@ class RawNode(Node):
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
         self._check_end(offset, length, errno.ENOSPC)
-        start = offset + self._offset
+        start = offset + self.offset
         if not self._guarded or offset >= PROBE_SIZE:
             await self._file.write_zeroes(start, length, may_unmap=may_unmap, fallback=fallback)
             return
@@ -125,16 +125,16 @@ class RawNode(Node):
     async def discard(self, offset: int, length: int) -> None:
         self._check_end(offset, length, errno.EINVAL)
         if not self._guarded or offset >= PROBE_SIZE:
-            await self._file.discard(offset + self._offset, length)
+            await self._file.discard(offset + self.offset, length)
             return
         end = offset + length
         start = 0 if offset == 0 and end >= PROBE_SIZE else PROBE_SIZE
         if start < end:
             async with self._first_sector:
-                await self._file.discard(start + self._offset, end - start)
+                await self._file.discard(start + self.offset, end - start)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
-        return await self._file.block_status(offset + self._offset, length)
+        return await self._file.block_status(offset + self.offset, length)
 
     def flush_nowait(self) -> bool:
         return self._file.flush_nowait()

@@ -254,7 +254,7 @@ TOO_EARLY_AND_TOO_LATE = """
 import os, signal
 from nbdserve import server
 
-async def serve(config, *, on_ready):
+async def serve(config, *, on_ready, guardian):
     os.kill(os.getpid(), signal.SIGUSR1)
 
 server.serve = serve

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from nbdserve.block.rangelock import RangeLock
 from nbdserve.errors import CorruptImage
 from nbdserve.formats.qcow2.compressed import compressed_extent
+from nbdserve.formats.qcow2.ordering import L2_TABLE
 from nbdserve.formats.qcow2.resolve import ClusterType, cluster_type
 from nbdserve.formats.qcow2.spec import COPIED, OFFSET_MASK
 from nbdserve.formats.qcow2.tables import Table, decode_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from nbdserve.block.node import Node
     from nbdserve.formats.qcow2.cache import TableCache
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.formats.qcow2.metadata import MetadataMap
     from nbdserve.formats.qcow2.quarantine import Quarantine
+    from nbdserve.formats.qcow2.redo import Redo
     from nbdserve.formats.qcow2.refcount import Clusters, Refcounts
     from nbdserve.formats.qcow2.resolve import Mapping
 
@@ -59,9 +61,11 @@ class Image:
         metadata: MetadataMap,
         quarantine: Quarantine,
         durability: Durability,
+        redo: Redo,
         wake: Callable[[], None],
+        relieve: Callable[[], Awaitable[None]],
     ) -> None:
-        """`wake`: the background task has something to do."""
+        """`wake`: the background task has something to do. `relieve`: write back, whoever does."""
         self.header = header
         self.geometry = geometry
         self.file = file
@@ -73,10 +77,12 @@ class Image:
         self.metadata = metadata
         self.quarantine = quarantine
         self.durability = durability
+        self.redo = redo
         self.locks = RangeLock()
         self.broken: CorruptImage | None = None
         self.written_back: Counter[str] = Counter()  # tables, by what they are (ordering.What)
         self._wake = wake
+        self._relieve = relieve
 
     @property
     def l2(self) -> TableCache:
@@ -94,6 +100,7 @@ class Image:
         if self.broken is None:
             self.broken = reason
             self.mapping.refuse_writes()
+            self.redo.stop()
             self._wake()  # to set the corrupt bit
             log.error("%s; the image is marked corrupt and takes no more writes", reason)
         return OSError(errno.EIO, str(reason))
@@ -109,13 +116,15 @@ class Image:
             )
         data = bytearray(self.geometry.cluster_size)
         await self.file.read(host_offset, memoryview(data))
-        return Table(decode_table(data), host_offset)
+        return self.redo.watch(Table(decode_table(data), host_offset), L2_TABLE)
 
     def table_nowait(self, offset: int) -> Table | None:
         """The L2 table for a guest offset, fit to be changed; a new one if L1 has none.
 
         None: something must be loaded or written back first; use `table`.
         """
+        if self.redo.low:
+            return None
         index = offset >> self.geometry.l1_bits
         l1_entry = self.mapping.l1.entries[index]
         if l1_entry & OFFSET_MASK:
@@ -138,6 +147,9 @@ class Image:
             table = self.table_nowait(offset)
             if table is not None:
                 return table
+            if self.redo.low:
+                await self._relieve()
+                continue
             l1_entry = self.mapping.l1.entries[index]
             if not l1_entry & OFFSET_MASK:
                 await self.l2.relieve()
@@ -164,7 +176,7 @@ class Image:
 
     def _link_l2(self, index: int, taken: Clusters, entries: array[int]) -> Table:
         host_offset = taken.first << self.geometry.cluster_bits
-        table = Table(entries, host_offset, fresh=True)
+        table = self.redo.watch(Table(entries, host_offset, fresh=True), L2_TABLE)
         self.metadata.add(host_offset)
         self.l2.add(index, table)
         self.mapping.l1.set(index, host_offset | COPIED)

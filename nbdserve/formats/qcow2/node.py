@@ -31,9 +31,10 @@ from nbdserve.formats.qcow2.header import (
 )
 from nbdserve.formats.qcow2.image import Image
 from nbdserve.formats.qcow2.metadata import MetadataMap
-from nbdserve.formats.qcow2.ordering import is_dirty, mark_corrupt, write_back
+from nbdserve.formats.qcow2.ordering import L1_TABLE, is_dirty, mark_corrupt, write_back
 from nbdserve.formats.qcow2.quarantine import Quarantine
 from nbdserve.formats.qcow2.read import Reader
+from nbdserve.formats.qcow2.redo import Redo
 from nbdserve.formats.qcow2.refcount import Refcounts
 from nbdserve.formats.qcow2.resolve import ClusterType, Mapping
 from nbdserve.formats.qcow2.spec import REFCOUNT_BLOCK_OFFSET_MASK
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping as MappingType
 
     from nbdserve.block.epoch import Epochs
+    from nbdserve.block.redo import RedoLog
     from nbdserve.block.run import Op, Resolution
     from nbdserve.engines.engine import Engine
 
@@ -86,10 +88,12 @@ async def open_qcow2(
     no_flush: bool = False,
     pass_discard: bool = True,
     cache_sizes: CacheSizes | None = None,
+    log: RedoLog | None = None,
 ) -> Qcow2Node:
     """Open an image whose header was read and whose backing file and data file are open.
 
-    `pass_discard`: clusters that are freed are discarded in the file too.
+    `pass_discard`: clusters that are freed are discarded in the file too. `log`: where a guardian
+    finds the changes of metadata that are not written back.
 
     Read-write, the only thing written is that autoclear feature bits are cleared. Raises
     ImageError (unsupported, damaged), OSError.
@@ -125,12 +129,15 @@ async def open_qcow2(
         if update is not None:
             await file.write(update.offset, update.data)
             await file.flush()
+    redo = Redo(log)
+    redo.watch(l1, L1_TABLE)
     refcounts = Refcounts(
         file,
         geometry,
         refcount_table,
         metadata,
         quarantine,
+        redo,
         end=geometry.clusters(file.size),
         end_is_zero=not getattr(file, "is_device", True),
         pass_discard=pass_discard,
@@ -147,7 +154,9 @@ async def open_qcow2(
         metadata,
         quarantine,
         durability,
+        redo,
         wake=node.wanted.set,
+        relieve=node.relieve,
     )
     node.wire(cache_sizes or CacheSizes())
     return node
@@ -198,9 +207,9 @@ class Qcow2Node(Node):
     def wire(self, sizes: CacheSizes) -> None:
         """Make the caches, whose loaders are the image's, and shorten the hot path."""
         image = self.image
-        image.mapping.set_cache(TableCache(sizes.l2, image.load_l2, self._relieve))
+        image.mapping.set_cache(TableCache(sizes.l2, image.load_l2, self.relieve))
         image.refcounts.blocks = TableCache(
-            sizes.refcount, image.refcounts.load_block, self._relieve
+            sizes.refcount, image.refcounts.load_block, self.relieve
         )
         self._reader = Reader(image, self._engine)
         self.resolve = image.mapping.resolve  # type: ignore[method-assign]
@@ -352,8 +361,9 @@ class Qcow2Node(Node):
     async def flush_to_os(self) -> None:
         await write_back(self.image)
 
-    async def _relieve(self) -> None:
-        """A cache is full of dirty tables. Reads of a broken image go on: it grows."""
+    async def relieve(self) -> None:
+        """A cache is full of dirty tables (reads of a broken image go on: it grows), or the redo
+        log of changes."""
         if self.image.broken is None:
             async with self._flush_lock:
                 await write_back(self.image)
@@ -367,6 +377,8 @@ class Qcow2Node(Node):
                 self._reader.forget_compressed()
             try:
                 while released:
+                    if image.redo.low:
+                        await self.relieve()
                     del released[: await image.refcounts.lower(released)]
             finally:
                 image.quarantine.put_back(released)

@@ -12,6 +12,8 @@ write-back (no refcount block is new) needs one flush between its two.
 
 What changes while a write-back is under way is not in its snapshot and waits for the next one: an
 L2 entry linked meanwhile can never get to the disk before the data and refcounts it needs.
+
+Should the process die before, the guardian writes the same in the same stages (redo.py).
 """
 
 from __future__ import annotations
@@ -31,7 +33,21 @@ if TYPE_CHECKING:
 
     from nbdserve.formats.qcow2.image import Image
 
-__all__ = ["STAGE", "WRITE_ORDER", "Rule", "What", "is_dirty", "mark_corrupt", "write_back"]
+__all__ = [
+    "L1_TABLE",
+    "L2_TABLE",
+    "REFCOUNT_BLOCK",
+    "REFCOUNT_TABLE",
+    "STAGE",
+    "TABLES",
+    "WRITE_ORDER",
+    "Rule",
+    "TableKind",
+    "What",
+    "is_dirty",
+    "mark_corrupt",
+    "write_back",
+]
 
 
 class What(enum.Enum):
@@ -85,6 +101,19 @@ STAGE = {
 }
 
 
+class TableKind(NamedTuple):
+    """What the entries of a table are while nothing on disk points to it, and after that."""
+
+    if_fresh: What
+    otherwise: What
+
+
+REFCOUNT_BLOCK = TableKind(What.NEW_REFCOUNT_BLOCK, What.REFCOUNT)
+REFCOUNT_TABLE = TableKind(What.NEW_REFCOUNT_TABLE, What.REFCOUNT_TABLE_ENTRY)
+L2_TABLE = TableKind(What.NEW_L2_TABLE, What.L2_ENTRY)
+L1_TABLE = TableKind(What.L1_ENTRY, What.L1_ENTRY)
+TABLES = (REFCOUNT_BLOCK, REFCOUNT_TABLE, L2_TABLE, L1_TABLE)
+
 # Slices written without letting anybody else run.
 MAX_WRITES = 256
 
@@ -96,8 +125,10 @@ async def write_back(image: Image) -> None:
     dirty again and the next write-back starts over.
     """
     image.quarantine.seal()
+    mark = image.redo.begin_write_back()
     pending = _dirty_tables(image)
     if not pending and not image.refcounts.moved_from:
+        image.redo.written_back(mark)
         return
     moved_from, image.refcounts.moved_from = image.refcounts.moved_from, []
     stages: list[list[TableWrite]] = [[], [], []]
@@ -124,6 +155,7 @@ async def write_back(image: Image) -> None:
         image.refcounts.moved_from = moved_from + image.refcounts.moved_from
         raise
     _settle(image, pending, len(stages))
+    image.redo.written_back(mark)
     for host_offset, nb_clusters in moved_from:
         first = host_offset >> image.geometry.cluster_bits
         for cluster in range(first, first + nb_clusters):
@@ -154,15 +186,15 @@ def _header_update(image: Image) -> TableWrite:
 def _dirty_tables(image: Image) -> list[tuple[What, Table]]:
     """Everything dirty, with what it is."""
     refcounts = image.refcounts
-    candidates: list[tuple[What, What, Iterable[Table]]] = [
-        (What.NEW_REFCOUNT_BLOCK, What.REFCOUNT, refcounts.blocks.dirty()),
-        (What.NEW_REFCOUNT_TABLE, What.REFCOUNT_TABLE_ENTRY, [refcounts.table]),
-        (What.NEW_L2_TABLE, What.L2_ENTRY, image.l2.dirty()),
-        (What.L1_ENTRY, What.L1_ENTRY, [image.mapping.l1]),
+    candidates: list[tuple[TableKind, Iterable[Table]]] = [
+        (REFCOUNT_BLOCK, refcounts.blocks.dirty()),
+        (REFCOUNT_TABLE, [refcounts.table]),
+        (L2_TABLE, image.l2.dirty()),
+        (L1_TABLE, [image.mapping.l1]),
     ]
     return [
-        (if_fresh if table.fresh else otherwise, table)
-        for if_fresh, otherwise, tables in candidates
+        (kind.if_fresh if table.fresh else kind.otherwise, table)
+        for kind, tables in candidates
         for table in tables
         if table.dirty
     ]

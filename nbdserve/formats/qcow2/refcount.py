@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdserve.errors import CorruptImage
+from nbdserve.formats.qcow2.ordering import REFCOUNT_BLOCK, REFCOUNT_TABLE
 from nbdserve.formats.qcow2.spec import MAX_REFCOUNT_TABLE_BYTES
 from nbdserve.formats.qcow2.spec import REFCOUNT_BLOCK_OFFSET_MASK as BLOCK_MASK
 from nbdserve.formats.qcow2.tables import Table, decode_refcounts, empty_refcounts
@@ -38,8 +39,12 @@ if TYPE_CHECKING:
     from nbdserve.formats.qcow2.geometry import Geometry
     from nbdserve.formats.qcow2.metadata import MetadataMap
     from nbdserve.formats.qcow2.quarantine import Quarantine
+    from nbdserve.formats.qcow2.redo import Redo
 
 __all__ = ["Clusters", "Refcounts"]
+
+# Clusters freed in one go; each is a record of the redo log.
+MAX_LOWERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class Refcounts:
         table: Table,
         metadata: MetadataMap,
         quarantine: Quarantine,
+        redo: Redo,
         *,
         end: int,
         end_is_zero: bool,
@@ -68,7 +74,7 @@ class Refcounts:
     ) -> None:
         """`end`: index of the first cluster past the end of the file. `pass_discard`: what becomes
         free is discarded in the file too."""
-        self.table = table
+        self.table = redo.watch(table, REFCOUNT_TABLE)
         self.moved_from: list[tuple[int, int]] = []  # (host offset, nb_clusters) of former tables
         self.allocated = 0  # clusters since the image was opened, those of metadata too
         self.freed = 0
@@ -77,6 +83,7 @@ class Refcounts:
         self._geometry = geometry
         self._metadata = metadata
         self._quarantine = quarantine
+        self._redo = redo
         self._end = end
         self._end_is_zero = end_is_zero
         self._pass_discard = pass_discard
@@ -179,6 +186,7 @@ class Refcounts:
             entry_bits=geometry.refcount_bits,
             fresh=True,
         )
+        self._redo.watch(block, REFCOUNT_BLOCK)
         self.blocks.add(index, block)
         self.table.set(index, block.host_offset)
         self._metadata.add(block.host_offset)
@@ -209,7 +217,8 @@ class Refcounts:
         host_offset = start << geometry.cluster_bits
         entries = old.entries[:]
         entries.extend([0] * (nb_clusters * geometry.l2_entries - len(entries)))
-        self.table = Table(entries, host_offset, fresh=True)
+        self.table = self._redo.watch(Table(entries, host_offset, fresh=True), REFCOUNT_TABLE)
+        self._redo.moved(self.table, nb_clusters)
         self.moved_from.append((old.host_offset, geometry.clusters(old.nb_bytes)))
         self.allocated += nb_clusters
         for cluster in range(start, start + nb_clusters):
@@ -232,11 +241,12 @@ class Refcounts:
             )
         data = bytearray(geometry.cluster_size)
         await self._file.read(host_offset, memoryview(data))
-        return Table(
+        block = Table(
             decode_refcounts(data, geometry.refcount_bits),
             host_offset,
             entry_bits=geometry.refcount_bits,
         )
+        return self._redo.watch(block, REFCOUNT_BLOCK)
 
     async def _search_next_block(self) -> None:
         """Look for free clusters in the next block of the image that was not searched yet."""
@@ -260,8 +270,8 @@ class Refcounts:
     # --- lowering --------------------------------------------------------------------------------
 
     async def lower(self, clusters: list[int]) -> int:
-        """Lower the refcounts of the leading clusters, those of one refcount block, by one for each
-        time they are listed; give the room of those that become free back to the file. Returns how
+        """Lower the refcounts of leading clusters, some of one refcount block, by one for each time
+        they are listed; give the room of those that become free back to the file. Returns how
         many of the list were dealt with.
 
         Only for what has left quarantine, ascending, one call at a time. Raises OSError with
@@ -270,7 +280,7 @@ class Refcounts:
         geometry = self._geometry
         index = clusters[0] >> geometry.block_bits
         low = index << geometry.block_bits
-        listed = clusters[: bisect_left(clusters, low + geometry.block_entries)]
+        listed = clusters[: min(bisect_left(clusters, low + geometry.block_entries), MAX_LOWERED)]
         if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
             return len(listed)  # never counted: nothing to lower
         block = await self.blocks.get(index)

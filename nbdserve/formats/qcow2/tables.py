@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from nbdserve.formats.qcow2.redo import Watcher
 
 __all__ = [
     "SLICE_SIZE",
@@ -69,18 +72,19 @@ class Table:
 
     `fresh`: nothing on disk points to it yet, so it may be written in any order. `registry`: where
     it enters itself while it is dirty; that of the cache which holds it, so that finding what is
-    dirty does not cost a look at all tables.
+    dirty does not cost a look at all tables. `watcher`: who is told of each change.
     """
 
     __slots__ = (
-        "_bits",
         "_entries_per_slice",
         "_in_flight",
         "dirty",
         "entries",
+        "entry_bits",
         "fresh",
         "host_offset",
         "registry",
+        "watcher",
     )
 
     def __init__(
@@ -92,7 +96,8 @@ class Table:
         self.registry: dict[Table, None] = {}
         self.dirty: set[int] = set()
         self._in_flight: set[int] = set()
-        self._bits = entry_bits
+        self.entry_bits = entry_bits
+        self.watcher: Watcher | None = None
         self._entries_per_slice = SLICE_SIZE * 8 // entry_bits
         if fresh:
             self.touch_all()
@@ -100,7 +105,7 @@ class Table:
     @property
     def nb_bytes(self) -> int:
         """The table's size on disk."""
-        return len(self.entries) * self._bits // 8
+        return len(self.entries) * self.entry_bits // 8
 
     @property
     def clean(self) -> bool:
@@ -121,6 +126,8 @@ class Table:
         if not self.dirty:
             self.registry[self] = None
         self.dirty.add(index // self._entries_per_slice)
+        if self.watcher is not None:
+            self.watcher.changed(self, index, value)
 
     def touch_all(self) -> None:
         """Mark the whole table dirty."""
@@ -147,7 +154,10 @@ class Table:
     def written(self) -> None:
         """The snapshot has been written."""
         self._in_flight = set()
-        self.fresh = False
+        if self.fresh:
+            self.fresh = False
+            if self.watcher is not None:
+                self.watcher.written(self)
 
     def not_written(self) -> None:
         """The snapshot was not, or not surely, written."""
@@ -156,13 +166,20 @@ class Table:
         if self.dirty:
             self.registry[self] = None
 
+    def byte_of(self, index: int) -> tuple[int, int]:
+        """(number, value) of the byte that holds an entry of less than eight bits."""
+        per_byte = 8 // self.entry_bits
+        number = index // per_byte
+        first = number * per_byte
+        return number, _pack(self.entries[first : first + per_byte], self.entry_bits)[0]
+
     def _encode(self, first: int, last: int) -> TableWrite:
         start = first * self._entries_per_slice
         entries = self.entries[start : (last + 1) * self._entries_per_slice]
-        if self._bits < 8:
-            data = _pack(entries, self._bits)
+        if self.entry_bits < 8:
+            data = _pack(entries, self.entry_bits)
         else:
-            if SWAP and self._bits > 8:
+            if SWAP and self.entry_bits > 8:
                 entries.byteswap()
             data = entries.tobytes()
         return TableWrite(self.host_offset + first * SLICE_SIZE, data)
