@@ -14,6 +14,8 @@ export IMAGE ?= demo.qcow2
 SERVE_ARGS ?=
 # make test PYTEST_ARGS='-k handshake -n 0'
 PYTEST_ARGS ?=
+# make crash CRASH_ARGS='--seed 7 --states 20000'
+CRASH_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
 
@@ -27,7 +29,11 @@ KERNEL ?=
 # have a target of their own.
 PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
 
-.PHONY: help serve test matrix races kernel check lint types coverage bench cache-table clean limits # make fuzz FUZZ_ARGS='--target handshake --runs 1000000 --seed 1' FUZZ_ARGS ?= refusals
+# make fuzz FUZZ_ARGS='--target handshake --runs 1000000 --seed 1'
+FUZZ_ARGS ?=
+
+.PHONY: help serve test matrix races faults limits fuzz refusals crash kernel check lint types
+.PHONY: coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -60,6 +66,10 @@ fuzz: $(VENV)/.has-fuzz  ## mutated bytes for whatever reads a stranger's, guide
 
 refusals: $(VENV)/.has-test  ## what it costs to refuse each damaged image: a table
 	PYTHONPATH=tests $(BIN)/python -m fuzz.damages
+
+crash: $(VENV)/.has-test  ## crashes of the qcow2 node, many; CRASH_ARGS='--seed 7 --states 20000'
+	@tools/peers.sh
+	PYTHONPATH=tests $(BIN)/python -m crash $(CRASH_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test

@@ -29,6 +29,7 @@ from nbdserve.block.node import Extent, Leaf, Node
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.formats.qcow2.create import create_image
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
+from nbdserve.testing.writelog import CHANGES, Kind, WriteLog, change
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -51,26 +52,25 @@ TINY = CacheSizes(l2=2048, refcount=2048)
 
 
 class Entry(NamedTuple):
-    """One line of a MemoryFile's log. A flush has no data; `offset` is then how long the log was
-    when it began: only what was logged of that file before is durable."""
+    """What a MemoryFile's log says in short: a write, or zeroes, when it took effect, or a flush
+    (no data) when it had returned. file: 1 for a data file beside. fua: a durable write."""
 
     offset: int
     data: bytes | None
-
-
-class BesideEntry(Entry):
-    """One of a file that shares another's log."""
+    file: int = 0
+    fua: bool = False
 
 
 class MemoryFile(Leaf):
     """A regular file in memory.
 
     `patience`: requests wait up to that many times before and after they take effect, and the
-    synchronous ways refuse now and then; 0: everything happens at once. `fail`, if set, is called
-    with the kind and offset of each request and may raise what the request then fails with;
-    nothing of it has happened then. `durable`: (length of the log when a write with FUA ended, its
-    place in the log). `holds` keeps requests of a kind until its event is set. A file `beside`
-    another has its log and `durable`. `zeroes_fast`: zeroes need not be written as data.
+    synchronous ways refuse now and then; 0: everything happens at once. `direct`: they always
+    refuse. `stragglers`: of the other writes this part takes long. `fail`, if set, is called with
+    the kind and offset of each request and may raise what the request then fails with; nothing of
+    it has happened then. `writes` is the log of what was done; a file `beside` another shares its.
+    `holds` keeps requests of a kind until its event is set. `zeroes_fast`: zeroes need not be
+    written as data.
     """
 
     is_device = False
@@ -83,30 +83,57 @@ class MemoryFile(Leaf):
         patience: int = 0,
         seed: int = 0,
         beside: MemoryFile | None = None,
+        no_flush: bool = False,
+        direct: bool = False,
+        stragglers: float = 0.0,
     ) -> None:
-        super().__init__("memory", -(-len(content) // 512) * 512, read_only=False)
+        super().__init__(
+            "memory", -(-len(content) // 512) * 512, read_only=False, no_flush=no_flush
+        )
         self.content = bytearray(content)
-        self.log: list[Entry] = [] if beside is None else beside.log
-        self.durable: list[tuple[int, int]] = [] if beside is None else beside.durable
-        self._entry = Entry if beside is None else BesideEntry
+        self.writes = WriteLog() if beside is None else beside.writes
+        self._number = self.writes.add_file(bytes(content))
         self.zeroes_fast = True
         self.fail: Callable[[str, int], None] | None = None
         self.holds: dict[str, trio.Event] = {}
         self._patience = patience
+        self._direct = direct
+        self._stragglers = stragglers
         self._random = random.Random(seed)
+
+    @property
+    def log(self) -> list[Entry]:
+        """What was done to the file, and to those beside it, since `forget`."""
+        records = self.writes.records
+        durable = {record.number for record in records if record.kind is Kind.DURABLE}
+        return [
+            Entry(record.offset, record.data or bytes(record.length), record.file,
+                  record.number in durable)
+            if record.kind in CHANGES else Entry(0, None, record.file)
+            for record in records
+            if record.kind in CHANGES
+            or (record.kind is Kind.END and records[record.number].kind is Kind.FLUSH)
+        ]
+
+    def forget(self) -> None:
+        """Empty the log."""
+        self.writes.records.clear()
 
     async def _wait(self) -> None:
         for _ in range(self._random.randint(0, self._patience)):
             await trio.lowlevel.checkpoint()
 
     def _refuses(self) -> bool:
-        return bool(self._patience) and self._random.random() < 0.2
+        return self._direct or (bool(self._patience) and self._random.random() < 0.2)
 
     async def _begin(self, kind: str, offset: int, data: Buffer = b"") -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         # As the engine does: once handed over, a request ends whatever happens to its task.
         with trio.CancelScope(shield=True):
             await self._wait()
+            if kind == "write" and self._random.random() < self._stragglers:
+                for _ in range(30):
+                    await self._wait()
             hold = self.holds.get(kind)
             if hold is not None:
                 with trio.move_on_after(HOLD_SECONDS):  # of a test that failed meanwhile
@@ -118,18 +145,21 @@ class MemoryFile(Leaf):
         if self.fail is not None:
             self.fail(kind, offset)
 
-    async def _end(self) -> None:
+    async def _return(self) -> None:
         with trio.CancelScope(shield=True):
             await self._wait()
 
-    def _put(self, offset: int, data: bytes, *, fua: bool = False) -> None:
-        end = offset + len(data)
-        if end > len(self.content):
-            self.content.extend(bytes(end - len(self.content)))
-            self.size = -(-end // 512) * 512
-        self.content[offset:end] = data
-        self.log.append(self._entry(offset, data))
-        self.generation.written += not fua
+    async def _end(self, number: int, *, durable: bool = False) -> None:
+        await self._return()
+        self.writes.end(number, durable=durable)
+        self.generation.written += not durable
+
+    def _do(self, kind: Kind, offset: int, data: bytes | int) -> int:
+        """A request takes effect; its number in the log."""
+        number = self.writes.begin(kind, self._number, offset, data)
+        change(self.content, self.writes.records[number])
+        self.size = -(-len(self.content) // 512) * 512
+        return number
 
     def _get(self, offset: int, buffer: memoryview) -> None:
         piece = self.content[offset : offset + len(buffer)]
@@ -150,7 +180,8 @@ class MemoryFile(Leaf):
             return False
         joined = b"".join(data)
         self._may_fail("write", offset, joined)
-        self._put(offset, joined)
+        self.writes.end(self._do(Kind.WRITE, offset, joined))
+        self.generation.written += 1
         return True
 
     def submit_read(
@@ -166,13 +197,13 @@ class MemoryFile(Leaf):
         *,
         fua: bool = False,
     ) -> None:
-        write = self.write_fua if fua else self.write
+        write = self.write_fua if fua and not self.no_flush else self.write
         trio.lowlevel.spawn_system_task(reap, done, write, offset, data)
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         await self._begin("read", offset, buffer)
         self._get(offset, buffer)
-        await self._end()
+        await self._return()
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self.writev(offset, (data,))
@@ -180,16 +211,15 @@ class MemoryFile(Leaf):
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
         joined = b"".join(data)
         await self._begin("write", offset, joined)
-        self._put(offset, joined)
-        await self._end()
+        await self._end(self._do(Kind.WRITE, offset, joined))
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
+        if self.no_flush:
+            await self.write(offset, data)
+            return True
         self.generation.check()
         await self._begin("write", offset, data)
-        number = len(self.log)
-        self._put(offset, bytes(data), fua=True)
-        await self._end()
-        self.durable.append((len(self.log), number))
+        await self._end(self._do(Kind.WRITE, offset, bytes(data)), durable=True)
         return True
 
     async def write_zeroes(
@@ -197,16 +227,12 @@ class MemoryFile(Leaf):
     ) -> None:
         if not (fallback or self.zeroes_fast):
             raise OSError(95, "no fast zeroes")
-        zeroes = bytes(length)
-        await self._begin("zeroes", offset, zeroes)
-        self._put(offset, zeroes)
-        await self._end()
+        await self._begin("zeroes", offset, bytes(length))
+        await self._end(self._do(Kind.WRITE_ZEROES, offset, length))
 
     async def discard(self, offset: int, length: int) -> None:
-        zeroes = bytes(min(length, max(0, len(self.content) - offset)))
-        await self._begin("discard", offset, zeroes)
-        self._put(offset, zeroes)
-        await self._end()
+        await self._begin("discard", offset, bytes(min(length, max(0, len(self.content) - offset))))
+        await self._end(self._do(Kind.DISCARD, offset, length))
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         await self._begin("status", offset)
@@ -217,10 +243,10 @@ class MemoryFile(Leaf):
         trio.lowlevel.spawn_system_task(reap, done, self._sync)
 
     async def _sync(self) -> None:
-        begun = len(self.log)
+        number = self.writes.begin(Kind.FLUSH, self._number)
         await self._begin("flush", 0)
-        self.log.append(self._entry(begun, None))
-        await self._end()
+        await self._return()
+        self.writes.end(number)
 
 
 async def reap(
@@ -237,6 +263,17 @@ async def reap(
         done(None)
 
 
+class InlineEngine:
+    """Runs what blocks at once, where an engine would take a thread, whose pace is its own."""
+
+    async def run(self, function: Callable[..., object], *args: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+    def close(self) -> None:
+        pass
+
+
 @contextlib.asynccontextmanager
 async def open_memory(
     file: MemoryFile,
@@ -247,13 +284,14 @@ async def open_memory(
     cache_sizes: CacheSizes | None = None,
     settle: bool = False,
     close: bool = True,
+    engine: ThreadsEngine | InlineEngine | None = None,
     log: RedoLog | None = None,
 ) -> AsyncIterator[tuple[BlockBackend, Qcow2Node]]:
     """The qcow2 image in `file`, for the body; then closed, unless told otherwise.
 
     A single exception comes as itself, not in a group.
     """
-    engine = ThreadsEngine()
+    engine = engine or ThreadsEngine()
     epochs = Epochs()
     try:
         async with trio.open_nursery() as nursery:
@@ -541,6 +579,8 @@ class Layout:
             if not entry:
                 continue
             block = bytes(self.image[entry : entry + self.cluster_size])
+            if not any(block):
+                continue
             for index, value in enumerate(self._unpack(block)):
                 if value:
                     counts[number * per_block + index] = value
@@ -549,10 +589,8 @@ class Layout:
     def _unpack(self, block: bytes) -> list[int]:
         bits = self.refcount_bits
         if bits >= 8:
-            step = bits // 8
-            return [
-                int.from_bytes(block[at : at + step], "big") for at in range(0, len(block), step)
-            ]
+            code = {8: "B", 16: "H", 32: "I", 64: "Q"}[bits]
+            return list(struct.unpack(f">{len(block) * 8 // bits}{code}", block))
         return [byte >> shift & ((1 << bits) - 1) for byte in block for shift in range(0, 8, bits)]
 
     def l2_entries(self) -> list[tuple[int, int]]:

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
+    "testing": BLOCK_STACK,
     "place": NODE_OPTIONS | {"errors", "drivers"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS

@@ -13,6 +13,7 @@ import os
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from typing import TYPE_CHECKING, NamedTuple
 
+from nbdserve.testing.writelog import Kind
 from qcow2_model import MemoryFile
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class FaultyFile(MemoryFile):
         if kind == "read":
             self._get(offset, part)
         elif part:
-            self._put(offset, bytes(part), fua=True)  # it does not count as a completed write
+            self._do(Kind.WRITE, offset, bytes(part))  # begun, and never completed
             self._blocks |= set(range(offset // BLOCK, -(-(offset + len(part)) // BLOCK)))
         raise OSError(fault.errno, os.strerror(fault.errno))
 

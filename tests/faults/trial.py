@@ -27,9 +27,8 @@ from faults.programs import Program, content_of, empty, with_compressed
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.formats.raw import RawNode
+from nbdserve.testing.powercut import state_at
 from qcow2_model import (
-    BesideEntry,
-    MemoryFile,
     Request,
     assert_sound,
     audit,
@@ -44,9 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from qcow2_model import Buffer, Effect
+    from qcow2_model import Buffer
 
-__all__ = ["WAYS", "BackendDrive", "Drive", "Files", "Failed", "Outcome", "by_backend", "run_trial"]
+__all__ = ["WAYS", "BackendDrive", "Drive", "Failed", "Files", "Outcome", "by_backend", "run_trial"]
 
 PATIENCE = 60  # seconds for a trial of milliseconds: what takes longer hangs
 CUTS = 3
@@ -325,12 +324,11 @@ class _Trial:
         self._program = program
         self._files = Files.of(program, start, plan)
         self.faults = self._files.faults
-        self._start = start
         self._plan = plan
         self._ends = plan is None or plan.until is not Until.NEVER
         self._disk = Disk(start.disk, discards=program.version == 3 or not program.backing)
         self._again: list[Request] = []
-        self._durable: list[tuple[int, Disk]] = []  # (length of the log, what is surely there)
+        self._durable: list[tuple[int, Disk]] = []  # (moment of the log, what is surely there)
         self._closed_well = False
 
     async def run(
@@ -371,7 +369,7 @@ class _Trial:
     async def _perform(self, drive: Drive, request: Request) -> None:
         faults, disk = self.faults, self._disk
         before = faults.injected
-        log = self._files.image.log
+        log = self._files.image.writes
         try:
             data = await drive.perform(request)
         except Failed as failed:
@@ -414,9 +412,9 @@ class _Trial:
         for length, disk in self._durable:
             survivor = self._cut(length, None)
             disk.check(0, read_image(self._program, *survivor), f"durable at {length}")
-        chance = random.Random(len(image.log))
+        chance = random.Random(len(image.writes))
         for _ in range(CUTS):
-            content, _ = self._cut(chance.randint(0, len(image.log)), chance)
+            content, _ = self._cut(chance.randint(0, len(image.writes)), chance)
             wrong = audit(content).wrong
             assert not wrong, f"with the power cut: {wrong[:5]}"
 
@@ -425,32 +423,12 @@ class _Trial:
         data = b"" if data_file is None else bytes(data_file.content)
         return read_image(self._program, self._files.image.content, data)
 
-    def _cut(self, length: int, chance: random.Random | None) -> tuple[bytearray, bytearray]:
-        """Image and data file if the power is cut when their log has that length: without what was
-        not synced, or with a random choice of sectors of it."""
-        log = self._files.image.log[:length]
-        fua = {number for ended, number in self._files.image.durable if ended <= length}
-        survivors = []
-        for kind, first in ((False, self._start.image), (True, self._start.data_file)):
-            own = [
-                (at, entry)
-                for at, entry in enumerate(log)
-                if isinstance(entry, BesideEntry) is kind
-            ]
-            synced = max((entry.offset for _, entry in own if entry.data is None), default=0)
-            content = bytearray(first)
-            for at, entry in own:
-                if entry.data is None:
-                    continue
-                for start in range(0, len(entry.data), 512):
-                    if at >= synced and at not in fua and (chance is None or chance.random() < 0.5):
-                        continue
-                    offset, data = entry.offset + start, entry.data[start : start + 512]
-                    if offset + len(data) > len(content):
-                        content.extend(bytes(offset + len(data) - len(content)))
-                    content[offset : offset + len(data)] = data
-            survivors.append(content)
-        return survivors[0], survivors[1]
+    def _cut(self, moment: int, chance: random.Random | None) -> tuple[bytes, bytes]:
+        """Image and data file if the power is cut at a moment of their log: without what was not
+        synced, or with a random choice of sectors of it."""
+        state = state_at(self._files.image.writes, moment)
+        image, *others = state.nothing_kept() if chance is None else state.sample(chance)
+        return image, others[0] if others else b""
 
     async def check_again(self) -> None:
         """Opened anew, with files that are well again: what was not flushed is lost or not; the

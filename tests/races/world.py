@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.formats.qcow2.tables import Table, decode_table
+from nbdserve.testing.powercut import state_at
 from qcow2_model import (
     COMPRESSED,
     OFFSET,
     Disk,
-    MemoryFile,
     Request,
     assert_sound,
     guest_bytes,
@@ -209,11 +209,10 @@ class _Race:
         """If the power went now and all were lost that was not flushed: the image would have leaks
         at most, and the range would read as what was answered before `begin` or came later."""
         image = self._node.image
-        content = durable_bytes(image.file, self._files.image)
+        log = image.file.writes
+        content, *others = state_at(log, len(log)).nothing_kept()
         assert_sound(content, leaks_allowed=True)
-        data = self._files.data
-        if image.data_file is not None and data is not None:
-            data = durable_bytes(image.data_file, data)
+        data = others[0] if image.data_file is not None else self._files.data
         disk = guest_bytes(content, self._files.backing or b"", data)
         interval = self._history.begin(name)
         interval.begin = begin
@@ -262,18 +261,6 @@ class _Race:
         judge.assert_idle()
         assert not judge.node.image.quarantine, "what was unlinked is not freed by two flushes"
         self._final = bytes(data)
-
-
-def durable_bytes(file: MemoryFile, before: bytes) -> bytearray:
-    """What of a file was flushed, or written with FUA; `before`: its bytes when it was opened."""
-    flushed = max((entry.offset for entry in file.log if entry.data is None), default=0)
-    durable = {number for _, number in file.durable}
-    content = bytearray(before)
-    for number, (offset, data) in enumerate(file.log):
-        if data is not None and (number < flushed or number in durable):
-            content.extend(bytes(max(0, offset - len(content))))
-            content[offset : offset + len(data)] = data
-    return content
 
 
 def assert_closed(files: Files, node: Qcow2Node, final: bytes | None) -> bytes:

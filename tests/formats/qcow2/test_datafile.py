@@ -17,7 +17,6 @@ from qcow2_model import (
     COPIED,
     OFFSET,
     ZERO,
-    BesideEntry,
     Layout,
     MemoryFile,
     assert_sound,
@@ -58,13 +57,11 @@ class Pair:
     def calls(self):
         """What reached the files since the last call. Lower case: the image's, upper case: the data
         file's; w a write, d a durable one, f a sync."""
-        durable = {number for _, number in self.file.durable}
         found = ""
-        for number, entry in enumerate(self.file.log):
-            letter = "f" if entry.data is None else "d" if number in durable else "w"
-            found += letter.upper() if type(entry) is BesideEntry else letter
-        self.file.log.clear()
-        self.file.durable.clear()
+        for entry in self.file.log:
+            letter = "f" if entry.data is None else "d" if entry.fua else "w"
+            found += letter.upper() if entry.file else letter
+        self.file.forget()
         return found
 
 
@@ -352,7 +349,7 @@ async def test_a_flush_of_data_alone_is_one_sync_by_callback(pair):
 async def test_entries_go_out_after_the_data_was_synced_when_the_cache_is_full(pair):
     async with pair.open() as (backend, node):
         await backend.write(0, b"x" * C)
-        await node._relieve()
+        await node.relieve()
         assert pair.calls() == "WwwFfw"
 
 

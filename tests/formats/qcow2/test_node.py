@@ -214,7 +214,7 @@ async def test_writers_that_wait_for_durability_share_flushes(empty):
     async with open_memory(file) as (backend, _):
         await backend.write(0, b"o" * C)
         await backend.flush()
-        file.log.clear()
+        file.forget()
 
         async def writer(number):
             for _ in range(10):

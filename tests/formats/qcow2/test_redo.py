@@ -25,6 +25,8 @@ from nbdserve.formats.qcow2 import ordering
 from nbdserve.formats.qcow2.node import CacheSizes
 from nbdserve.formats.qcow2.redo import Watcher
 from nbdserve.formats.raw import RawNode
+from nbdserve.testing.powercut import state_at
+from nbdserve.testing.writelog import Kind, WriteLog
 from qcow2_model import (
     OFFSET,
     Disk,
@@ -80,7 +82,7 @@ class Death:
     def __init__(self, file, log, before, effects):
         self.content = bytes(file.content)
         self.records = list(log.records())
-        self.written = len(file.log)
+        self.written = len(file.writes)
         self.before = before
         self.effects = effects
 
@@ -142,21 +144,11 @@ def assert_nothing_is_lost(death, image, backing):
 def power_cut(initial, file, death, after, chooser):
     """The power goes during the replay, so that of everything since the last flush any sector may
     be missing: of what the server wrote and of what the guardian did."""
-    server = file.log[: death.written]
-    flushed = max((entry.offset for entry in server if entry.data is None), default=0)
-    writes = [(number < flushed, *entry) for number, entry in enumerate(server) if entry.data]
-    guardian = after.log[: chooser.randint(0, len(after.log))]
-    for entry in guardian:
-        if entry is None:
-            writes = [(True, *write[1:]) for write in writes]
-        else:
-            writes.append((False, *entry))
-    image = bytearray(initial)
-    for durable, offset, data in writes:
-        for at in range(0, len(data), 512):
-            if durable or chooser.random() < 0.5:
-                put(image, offset + at, data[at : at + 512])
-    return image
+    log = WriteLog([initial])
+    log.records = file.writes.records[: death.written]
+    for entry in after.log[: chooser.randint(0, len(after.log))]:
+        log.end(log.begin(Kind.FLUSH) if entry is None else log.begin(Kind.WRITE, 0, *entry))
+    return bytearray(state_at(log, len(log)).sample(chooser)[0])
 
 
 @st.composite

@@ -1,0 +1,79 @@
+"""A write log of what reaches a real file, and of what a guest does to an image."""
+
+import pytest
+import trio
+
+from nbdserve.block.backend import BlockBackend
+from nbdserve.block.epoch import Epochs
+from nbdserve.drivers.open import open_file
+from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.formats.qcow2.node import open_qcow2, read_header
+from nbdserve.testing.logged import log_writes
+from nbdserve.testing.powercut import all_cuts
+from nbdserve.testing.writelog import Kind, WriteLog
+from qcow2_model import MemoryFile, assert_sound, guest_bytes, new_image, pattern
+
+
+async def test_below_a_format_it_has_all_that_reaches_the_file(tmp_path):
+    engine = ThreadsEngine()
+    path = tmp_path / "image"
+    path.write_bytes(new_image(tmp_path, 64 * 1024, cluster_size=512))
+    file = open_file(str(path), engine, read_only=False)
+    log = WriteLog()
+    logged = await log_writes(file, log)
+    epochs = Epochs()
+    async with trio.open_nursery() as nursery:
+        header = await read_header(logged)
+        node = await open_qcow2(logged, None, header, engine, epochs, read_only=False)
+        backend = BlockBackend(node, epochs, nursery, write_cache=True)
+        for number in range(4):
+            data = pattern(number, 3000)
+            await backend.write(number * 5000, data)
+            await backend.write(number * 5000, data, fua=True)  # a flush
+            await backend.write(number * 5000, data, fua=True)  # passed down
+            await backend.discard(0, 2048)
+        await backend.flush()
+        log.mark(b"flushed")
+        await backend.write_zeroes(5000, 2000, may_unmap=False)
+        await node.close()
+    await file.close()
+    engine.close()
+    assert log.replay()[0].rstrip(b"\0") == path.read_bytes().rstrip(b"\0")
+    kinds = {record.kind for record in log.records}
+    assert {Kind.WRITE, Kind.DISCARD, Kind.FLUSH, Kind.DURABLE} <= kinds
+    flushed = 0
+    for moment, images in all_cuts(log, 100):
+        assert_sound(images[0], leaks_allowed=True)
+        if log.marks(moment):
+            flushed += 1
+            assert guest_bytes(images[0])[15_000:18_000] == pattern(3, 3000)
+    assert flushed > 3
+
+
+async def test_requests_that_overlap_wait_for_each_other():
+    file = MemoryFile(bytes(4096))
+    logged = await log_writes(file, WriteLog())
+    file.holds["write"] = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(logged.write, 0, b"a" * 1024)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(logged.write, 512, b"b" * 1024)
+        nursery.start_soon(logged.write, 2048, b"c" * 1024)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [record.offset for record in logged.log.records] == [0, 2048]
+        file.holds.pop("write").set()
+    assert [record.offset for record in logged.log.records if record.data] == [0, 2048, 512]
+    assert logged.log.replay()[0] == file.content
+
+
+async def test_what_fails_has_not_returned():
+    file = MemoryFile(bytes(4096))
+    logged = await log_writes(file, WriteLog())
+
+    def fail(kind, offset):
+        raise OSError(28, "no space")
+
+    file.fail = fail
+    with pytest.raises(OSError, match="no space"):
+        await logged.write(0, b"a" * 512)
+    assert [record.kind for record in logged.log.records] == [Kind.WRITE]
