@@ -20,9 +20,8 @@ BENCH_ARGS ?=
 # make kernel KERNEL=linux-image-6.12.95+deb12-cloud-amd64: another kernel package than the default
 KERNEL ?=
 
-# As many tests at once as there are processors, but for those that measure time. Those in a guest
-# have a target of their own.
-PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
+# As many tests at once as there are processors, but for those that measure time.
+PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup
 
 .PHONY: help serve test matrix kernel check lint types coverage bench cache-table clean
 
@@ -43,11 +42,11 @@ matrix: $(VENV)/.has-test  ## all that moves data, with every I/O engine and eac
 	@tools/peers.sh
 	$(PYTEST) --matrix tests/interop $(PYTEST_ARGS)
 
-kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_SOAK=1 for the long run
-	@tools/peers.sh kernel
+kernel: $(VENV)/.has-test  ## all with a real kernel as the client; NBDSERVE_SOAK=1 for the long run
+	@tools/peers.sh
 	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
 	NBDSERVE_KERNEL=$$(basename $$kernel) \
-		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
+		$(BIN)/python -m pytest --matrix --durations=10 tests/kernel $(PYTEST_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test

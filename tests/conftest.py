@@ -1,4 +1,4 @@
-"""What every test may rely on: `@pytest.mark.peer` and `@pytest.mark.clock`.
+"""What every test may rely on: `@pytest.mark.peer`, `@pytest.mark.clock`, `@pytest.mark.long`.
 
 A test that needs a program of others names it: `@pytest.mark.peer("qemu-img", "fio")`.  Where
 one is missing the test is skipped and the summary says which and why; with CI=true it fails,
@@ -6,6 +6,9 @@ because a run that skips must not look like a run that passed.
 
 A test that measures time says so: `@pytest.mark.clock`.  Where several processes run tests of
 this checkout (`-n`), it runs while no other does.
+
+One that takes long, and whose essence a shorter one has, is `@pytest.mark.long`: it is run with
+`--matrix` only.
 """
 
 import contextlib
@@ -26,7 +29,14 @@ settings.load_profile("no deadline")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true",
                      help="run every test of the engine matrix with every engine and cache mode"
-                     " (tests/interop/conftest.py)")
+                     " (tests/interop/conftest.py), and the tests that are marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    later = [item for item in items if item.get_closest_marker("long") is not None]
+    if later and not config.getoption("--matrix"):
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in later]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,7 +9,8 @@ set -eu
 cd "$(dirname "$0")/.."
 . tools/apt.sh
 
-# The peer as tests name it in @pytest.mark.peer, and the package it comes from.
+# The peer as tests name it in @pytest.mark.peer, and the package it comes from.  guest-kernel is a
+# Debian kernel, fetched by a tool of its own and not installed.
 PEERS="
 qemu-img        qemu-utils
 qemu-io         qemu-utils
@@ -22,10 +23,6 @@ nbd-client      nbd-client
 fio             fio
 strace          strace
 losetup         mount
-"
-# With the argument "kernel" those of tests/kernel too. guest-kernel is a Debian kernel, fetched by a
-# tool of its own and not installed.
-[ "${1:-}" != kernel ] || PEERS="$PEERS
 qemu-system-x86_64  qemu-system-x86
 busybox         busybox-static
 mkfs.xfs        xfsprogs
