@@ -27,13 +27,9 @@ import pytest
 import peers
 from kernel.initramfs import initramfs
 
-GUEST_TEST = [
-    pytest.mark.peer("guest-kernel", "qemu-system-x86_64", "busybox", "setpriv",
-                     "nbd-client", "mke2fs", "mkfs.xfs"),
-    pytest.mark.xdist_group("guest"),
-]  # fmt: skip
-"""Marks of a test that takes a guest: what that is made of, and that one process runs all of them,
-so that they share it."""
+GUEST_TEST = pytest.mark.peer(
+    "guest-kernel", "qemu-system-x86_64", "busybox", "setpriv", "nbd-client", "mke2fs", "mkfs.xfs")
+"""Marks a test that takes a guest: what that is made of."""
 
 CPUS = 4
 """The NBD driver opens no more queues than there are CPUs, however many connections it has."""

@@ -15,7 +15,7 @@ import pytest
 import peers
 from kernel.guest import GUEST_TEST, port_of, started
 
-pytestmark = [*GUEST_TEST, pytest.mark.peer("qemu-img"), pytest.mark.long]
+pytestmark = [GUEST_TEST, pytest.mark.peer("qemu-img"), pytest.mark.long]
 
 # Process 2 makes the kernel's threads. With the lowest priority, which they inherit, beside busy
 # processes with a high one it is a while until a worker works.

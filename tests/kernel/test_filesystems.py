@@ -14,7 +14,7 @@ import pytest
 import peers
 from kernel.guest import GUEST_TEST, port_of
 
-pytestmark = [*GUEST_TEST, pytest.mark.peer("qemu-img")]
+pytestmark = [GUEST_TEST, pytest.mark.peer("qemu-img")]
 
 MIB = 1 << 20
 MODES = ["writeback", "writethrough", "none", "unsafe", "directsync"]

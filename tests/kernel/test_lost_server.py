@@ -16,7 +16,7 @@ import pytest
 import peers
 from kernel.guest import GUEST_TEST, port_of
 
-pytestmark = [*GUEST_TEST, pytest.mark.peer("qemu-img")]
+pytestmark = [GUEST_TEST, pytest.mark.peer("qemu-img")]
 
 SETUP = """
 attach $port $options

@@ -26,7 +26,7 @@ import peers
 from kernel.guest import GUEST_TEST, port_of
 from kernel.powercut import History
 
-pytestmark = [*GUEST_TEST, pytest.mark.peer("debugfs", "qemu-img")]
+pytestmark = [GUEST_TEST, pytest.mark.peer("debugfs", "qemu-img")]
 
 SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
 CUTS = 1000 if SOAK else 30
