@@ -21,6 +21,7 @@ Laws:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from nbdserve.block.redo import RedoLog, replay
 from nbdserve.drivers.locks import server_is_alive
+from nbdserve.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +74,7 @@ class Ward:
 
     def close(self) -> None:
         """The image was closed, well or not: nothing is to be replayed."""
-        self._guardian.send({"forget": self._number})
+        self._guardian.forget(self._number)
         self.log.close()
         self._lock.release()  # the guardian has not closed it yet
         os.close(self._fd)
@@ -82,29 +84,46 @@ class Guardian:
     """The server's end."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.nb_wards = 0
         self._sock = sock
-        self._numbers = 0
+        self._numbers = itertools.count(1)
 
     def watch(
         self, file: FileNode, data_file: FileNode | None, *, offset: int, no_flush: bool
-    ) -> Ward:
+    ) -> Ward | None:
         """Take care of an image whose metadata is in `file`, its own offset 0 being at `offset`
-        there. The locks of the file have been taken. Raises OSError, ImageError."""
-        self._numbers += 1
-        fd, lock = file.guarded()
-        log = RedoLog()
+        there. The locks of the file have been taken. None if that cannot be, which is logged."""
+        try:
+            fd, lock = file.guarded()
+        except (OSError, ImageError) as error:
+            log_lost(error)
+            return None
+        try:
+            redo = RedoLog()
+        except OSError as error:
+            lock.release()
+            os.close(fd)
+            log_lost(error)
+            return None
+        number = next(self._numbers)
         fds = [fd] if data_file is None else [fd, data_file.fd]
         self.send(
             {
-                "watch": self._numbers,
+                "watch": number,
                 "filename": file.filename,
                 "offset": offset,
                 "no_flush": no_flush,
             },
-            log.fd,
+            redo.fd,
             *fds,
         )
-        return Ward(self, self._numbers, log, fd, lock)
+        self.nb_wards += 1
+        return Ward(self, number, redo, fd, lock)
+
+    def forget(self, number: int) -> None:
+        """An image was closed."""
+        self.nb_wards -= 1
+        self.send({"forget": number})
 
     def send(self, message: dict[str, object], *fds: int) -> None:
         """Tell the other end. That there is none any more is said once, and is no error: it takes
@@ -117,11 +136,11 @@ class Guardian:
                 self._sock.close()
 
 
-def log_lost(error: OSError) -> None:
-    """The guardian was killed, or could not be started."""
+def log_lost(error: Exception) -> None:
+    """The guardian was killed, could not be started, or cannot do its work."""
+    reason = getattr(error, "strerror", None) or error
     log.warning(
-        "no guardian (%s): if this process is killed, writes that were not flushed are lost",
-        error.strerror or error,
+        "no guardian (%s): if this process is killed, writes that were not flushed are lost", reason
     )
 
 
@@ -147,11 +166,13 @@ def guardian(*, keep_stderr: bool = True) -> Iterator[Guardian | None]:
         ours.close()
         _run(theirs, keep_stderr=keep_stderr)
     theirs.close()
+    server_end = Guardian(ours)
     try:
-        yield Guardian(ours)
+        yield server_end
     finally:
         ours.close()
-        os.waitpid(pid, 0)
+        if not server_end.nb_wards:  # else it waits for our end
+            os.waitpid(pid, 0)
 
 
 def _run(sock: socket.socket, *, keep_stderr: bool) -> None:
@@ -230,6 +251,7 @@ class _Orphan:
                 f" {error.strerror}; what was written since the last flush may be lost"
             )
         finally:
+            log.close()
             for fd in self.files:
                 os.close(fd)
 

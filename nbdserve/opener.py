@@ -342,6 +342,8 @@ class Opener:
             offset=offset,
             no_flush=settings.no_flush,
         )
+        if ward is None:
+            return None
         self._wards.append(ward)
         return ward.log
 

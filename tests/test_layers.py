@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
-    "guardian": {"block", "drivers"},
+    "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "guardian"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS

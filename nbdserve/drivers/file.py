@@ -237,8 +237,14 @@ class FileNode(Leaf):
         return self._has_dsync
 
     def _reopen(self, flags: int) -> int:
-        """Another description of the same file, for reading and writing."""
-        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC | flags)
+        """Another description of the same file, for reading and writing, locked as this one."""
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC | flags)
+        try:
+            self._lock.copy_to(fd)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         if len(buffer):

@@ -168,6 +168,12 @@ class ImageLock:
             raise
         self._keep_only(wanted)
 
+    def copy_to(self, fd: int) -> None:
+        """Hold the same locks on another open file description of the file, for as long as that
+        exists: requests through it may be in flight when this process is gone. Raises OSError."""
+        for byte in sorted(self._held):
+            _set_lock(fd, byte, fcntl.F_RDLCK)
+
     def twin(self, fd: int) -> ImageLock:
         """Hold the same locks on another open file description of the file, for a guardian.
 

@@ -7,6 +7,7 @@ not on demand (a short read, an EIO).
 import contextlib
 import errno
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -602,6 +603,10 @@ def writes(monkeypatch):
     return writes
 
 
+def fdinfo(fd):
+    return pathlib.Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+
+
 async def submit_fua(node, offset, data):
     """By `submit_write`; raises its error."""
     await completion(lambda done: node.submit_write(offset, data, done, fua=True))
@@ -645,6 +650,18 @@ async def test_a_durable_write_past_the_end_moves_it(path, open_node, syncs, way
 async def test_nothing_written_durably(path, open_node, writes):
     assert await open_node(path).write_fua(0, b"") is True
     assert writes == []
+
+
+async def test_the_description_for_fua_is_locked_as_the_image_is(path, open_node):
+    """A request through it may be in flight when this process is gone, and must keep others off."""
+    node = open_node(path)
+    node.lock(*PERMISSIONS[Role.RAW_RW])
+    await node.write_fua(0, b"x" * 512)
+    locks = [
+        [line.split()[-2:] for line in fdinfo(fd) if line.startswith("lock:")]
+        for fd in (node.fd, node._dsync_fd)
+    ]
+    assert locks[0] == locks[1] != []
 
 
 @pytest.mark.parametrize("way", [submit_fua, write_fua])

@@ -399,6 +399,72 @@ def kernel_without_ofd_locks(monkeypatch):
     locks.ofd_locks_available.cache_clear()
 
 
+@contextlib.contextmanager
+def guarded(path, role=Role.FORMAT_RW):
+    """(the lock of a server, its descriptor, that of its guardian)."""
+    with locked(path, role) as lock:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        twin = lock.twin(fd)
+        try:
+            yield lock, twin, fd
+        finally:
+            os.close(fd)
+
+
+def test_a_twin_keeps_the_image_locked(raw):
+    with guarded(raw) as (lock, twin, _fd), locked(raw) as other:
+        lock.release()
+        with pytest.raises(LockedError, match="in use by"):
+            other.acquire(*PERMISSIONS[Role.FORMAT_RW])
+        twin.release()
+        other.acquire(*PERMISSIONS[Role.FORMAT_RW])
+
+
+def test_the_server_of_a_guardian_is_alive_until_its_description_is_gone(raw):
+    with guarded(raw) as (lock, _twin, fd), locked(raw) as other:
+        assert locks.server_is_alive(fd)
+        assert not locks.is_being_rescued(other._fd)
+        lock.release()
+        assert not locks.server_is_alive(fd)
+        assert locks.is_being_rescued(other._fd)
+
+
+def test_without_a_guardian_nothing_is_being_rescued(raw):
+    with locked(raw, Role.FORMAT_RW), locked(raw) as other:
+        assert not locks.is_being_rescued(other._fd)
+
+
+def test_a_server_is_named_and_not_its_guardian(raw):
+    with guarded(raw), locked(raw) as other, pytest.raises(LockedError) as caught:
+        other.acquire(*PERMISSIONS[Role.FORMAT_RW])
+    assert "this process itself" in str(caught.value)
+    assert "guardian" not in str(caught.value)
+
+
+def test_a_guardian_is_named_when_it_is_alone(raw):
+    with guarded(raw) as (lock, _twin, _fd), locked(raw) as other:
+        lock.release()
+        with pytest.raises(LockedError, match=rf"the guardian \(pid {os.getpid()}\) of a server"):
+            other.acquire(*PERMISSIONS[Role.FORMAT_RW])
+
+
+def test_a_twin_of_who_holds_nothing(raw, monkeypatch):
+    """locking=off: the file system may refuse locks, and need not be asked for any."""
+    with locked(raw) as lock, locked(raw) as other:
+        twin = lock.twin(other._fd)
+        assert locks.server_is_alive(other._fd)
+        twin.release()
+        lock.release()
+        refuse = OSError(errno.EINVAL, "no")
+
+        def refusing(*_):
+            raise refuse
+
+        monkeypatch.setattr(locks, "_set_lock", refusing)
+        lock.twin(other._fd)
+        assert not locks.server_is_alive(other._fd)
+
+
 @pytest.mark.usefixtures("kernel_without_ofd_locks")
 def test_a_kernel_without_ofd_locks_gets_none(raw):
     assert not locks.ofd_locks_available()

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Clusters", "Refcounts"]
 
+# Clusters freed in one go; each is a record of the redo log.
+MAX_LOWERED = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
@@ -267,8 +270,8 @@ class Refcounts:
     # --- lowering --------------------------------------------------------------------------------
 
     async def lower(self, clusters: list[int]) -> int:
-        """Lower the refcounts of the leading clusters, those of one refcount block, by one for each
-        time they are listed; give the room of those that become free back to the file. Returns how
+        """Lower the refcounts of leading clusters, some of one refcount block, by one for each time
+        they are listed; give the room of those that become free back to the file. Returns how
         many of the list were dealt with.
 
         Only for what has left quarantine, ascending, one call at a time. Raises OSError with
@@ -277,7 +280,7 @@ class Refcounts:
         geometry = self._geometry
         index = clusters[0] >> geometry.block_bits
         low = index << geometry.block_bits
-        listed = clusters[: bisect_left(clusters, low + geometry.block_entries)]
+        listed = clusters[: min(bisect_left(clusters, low + geometry.block_entries), MAX_LOWERED)]
         if index >= len(self.table.entries) or not self.table.entries[index] & BLOCK_MASK:
             return len(listed)  # never counted: nothing to lower
         block = await self.blocks.get(index)
