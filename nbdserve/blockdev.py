@@ -43,6 +43,7 @@ __all__ = [
     "RawOptions",
     "ThrottleOptions",
     "image_tree",
+    "named_tree",
     "parse_node",
 ]
 
@@ -166,29 +167,36 @@ def parse_node(options: Mapping[str, Scalar], path: str = "") -> NodeOptions:
     return _node(options, path, is_child=False)
 
 
-def image_tree(
+def image_tree(name: str, image_format: str | None, *, directory: str = "") -> NodeOptions:
+    """The tree that an image's name stands for, and the name of its format.
+
+    `directory` as in `options_of_name`. Raises as it does, and as `named_tree`.
+    """
+    return named_tree(name, options_of_name(name, directory), image_format)
+
+
+def named_tree(
     name: str,
+    options: Options,
     image_format: str | None,
     *,
-    directory: str = "",
     given: Mapping[str, Scalar] | None = None,
     path: str = "",
 ) -> NodeOptions:
-    """The tree that an image's name stands for, and the name of its format.
+    """The tree that the options of an image's name stand for.
 
     A format goes before one that a json: name says, and options that are `given` go before both
-    (bdrv_open_backing_file). `directory` as in `options_of_name`, `path` as in `parse_node`.
+    (bdrv_open_backing_file). `path` as in `parse_node`.
 
     :raises ImageError: a format that there is not.
-    :raises ConfigError: as `options_of_name` and `parse_node`.
+    :raises ConfigError: as `parse_node`.
     """
-    options = options_of_name(name, directory)
     if image_format is not None:
         if image_format not in FORMATS:
             file = options.get("file.filename", name)
             known = ", ".join(FORMATS)
             raise ImageError(f"{file}: unknown format {image_format!r}; known are {known}")
-        options["driver"] = image_format
+        options = {**options, "driver": image_format}
     return parse_node({**options, **(given or {})}, path)
 
 

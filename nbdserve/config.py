@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from nbdserve.blockdev import Aio, DetectZeroes, Discard, NodeOptions, image_tree
 from nbdserve.errors import ConfigError
 from nbdserve.inherit import Effective, root_settings
+from nbdserve.references import ANY_FILE, References
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -177,7 +178,7 @@ class ImageConfig:
     ``options`` give the tree node by node, and ``filename`` is then what the image is called.
     What else is here is for the nodes that have no such option of their own; ``aio`` None is the
     fastest I/O engine that is correct. ``offset`` is in bytes: the served disk begins there in
-    the guest's disk.
+    the guest's disk. ``references``: the files that images may name themselves.
     """
 
     filename: str
@@ -191,6 +192,7 @@ class ImageConfig:
     throttle: ThrottleConfig | None = None
     force_share: bool = False
     options: NodeOptions | None = None
+    references: References = ANY_FILE
 
     def __post_init__(self) -> None:
         if not self.filename:

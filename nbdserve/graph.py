@@ -131,7 +131,9 @@ async def _open_tree(config: ImageConfig, shared: Shared) -> tuple[ImageConfig, 
     is_auto = config.cache is CACHE_AUTO
     if is_auto and config.aio is None and shared.engines.get(None, direct=True).name != "io_uring":
         return await _open_tree(_decided(config, "writeback", "io_uring is not to be had"), shared)
-    opener = Opener(shared.engines, shared.groups, shared.names, shared.guardian)
+    opener = Opener(
+        shared.engines, shared.groups, shared.names, config.references, shared.guardian
+    )
     try:
         root = await opener.open_root(config.tree, root_settings(config.tree, config.flags))
     except BaseException as error:

@@ -8,19 +8,15 @@ nodes are made from the leaves up.
 
 Images are untrusted, and so is what a header says of a backing file, which may be a whole tree
 (``json:``). The name of a data file is a plain path, relative to the working directory, which is
-neither probed nor taken for a protocol's; that is QEMU's reading too. A path from the root that
-comes back to a file it already holds is refused: such an image would never finish opening, or never
-finish reading. So are too long a path and too large a tree.
+neither probed nor taken for a protocol's; that is QEMU's reading too. How long a path may be, and
+that it does not come back to where it was, is place.py's; the number of nodes is bounded here.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import os
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
-
-import trio
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
@@ -30,20 +26,20 @@ from nbdserve.blockdev import (
     Qcow2Options,
     RawOptions,
     ThrottleOptions,
-    image_tree,
+    named_tree,
     parse_node,
 )
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
-from nbdserve.drivers.locks import PERMISSIONS, Permission, Role, is_being_rescued
 from nbdserve.drivers.open import open_file
-from nbdserve.errors import ConfigError, ImageError, LockedError, NbdserveError
+from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
-from nbdserve.imageopts import shown
+from nbdserve.imageopts import options_of_name, shown
 from nbdserve.inherit import ChildRole, child_settings
+from nbdserve.place import Place, Use
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -57,8 +53,9 @@ if TYPE_CHECKING:
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.guardian import Guardian, Ward
     from nbdserve.inherit import Effective
+    from nbdserve.references import References
 
-__all__ = ["MAX_CHAIN", "MAX_NODES", "NodeNames", "Opener"]
+__all__ = ["MAX_NODES", "NodeNames", "Opener"]
 
 N = TypeVar("N", bound="Node")
 Parent = ProbedOptions | Qcow2Options | RawOptions | ThrottleOptions
@@ -66,36 +63,8 @@ PARENTS = (ProbedOptions, Qcow2Options, RawOptions, ThrottleOptions)
 
 log = logging.getLogger("nbdserve.graph")
 
-# QEMU has no limit and fails on its stack at some thousands.
-MAX_CHAIN = 200
-
-# Seconds to wait for a lock, and for one that the guardian of a dead server holds.
-PATIENCE = 0.2
-RESCUE_PATIENCE = 30
-
 # A chain has two to an image; a header may name a tree that branches.
 MAX_NODES = 1024
-
-
-class Use(enum.Enum):
-    """What the nearest format below which a file is, or who reads a tree without one, does."""
-
-    EXPORT = enum.auto()
-    BACKING = enum.auto()
-    FORMAT = enum.auto()
-    DATA = enum.auto()
-
-
-ROLES: dict[tuple[Use, bool], Role] = {
-    (Use.EXPORT, False): Role.RAW_RW,
-    (Use.EXPORT, True): Role.RAW_RO,
-    (Use.BACKING, True): Role.RAW_BACKING,
-    (Use.FORMAT, False): Role.FORMAT_RW,
-    (Use.FORMAT, True): Role.FORMAT_RO,
-    (Use.DATA, False): Role.DATA_FILE_RW,
-    (Use.DATA, True): Role.DATA_FILE_RO,
-}
-"""(use, whether it only reads) -> the role that decides the file's lock."""
 
 
 class NodeNames:
@@ -120,45 +89,6 @@ class NodeNames:
         self._taken.discard(name)
 
 
-class Place(NamedTuple):
-    """Where in the tree a node is, and for whom.
-
-    path: what stands before its options' names; use, only_reads: of its data by who uses it;
-    above: the files on the way to the root; depth: the nodes on it.
-    """
-
-    path: str
-    use: Use
-    only_reads: bool
-    above: tuple[FileNode, ...] = ()
-    depth: int = 0
-
-    def file(self, use: Use, settings: Effective) -> Place:
-        """The place of a node's file."""
-        return self._replace(
-            path=f"{self.path}file.",
-            use=use,
-            only_reads=settings.read_only,
-            depth=self.depth + 1,
-        )
-
-    def data_file(self, file: FileNode, settings: Effective) -> Place:
-        """The place of the data file of an image whose metadata is in `file`."""
-        return Place(
-            f"{self.path}data-file.",
-            Use.DATA,
-            settings.read_only,
-            (*self.above, file),
-            self.depth + 1,
-        )
-
-    def backing(self, file: FileNode) -> Place:
-        """The place of the backing file of an image whose own data is in `file`."""
-        return Place(
-            f"{self.path}backing.", Use.BACKING, True, (*self.above, file), self.depth + 1
-        )
-
-
 class Opener:
     """Opens nodes and remembers them in order, so that they can be closed in reverse."""
 
@@ -167,14 +97,17 @@ class Opener:
         engines: Engines,
         groups: ThrottleGroups,
         names: NodeNames,
+        references: References,
         guardian: Guardian | None = None,
     ) -> None:
+        """`references`: what images may name."""
         self.epochs = Epochs()
         self.buffers = BufferPool()
         self.opened: list[Node] = []
         self._engines = engines
         self._groups = groups
         self._names = names
+        self._references = references
         self._guardian = guardian
         self._wards: list[Ward] = []
         self._engine_of: dict[Node, Engine] = {}
@@ -205,11 +138,10 @@ class Opener:
     async def _open(self, options: NodeOptions, settings: Effective, place: Place) -> Node:
         if isinstance(options, FileOptions):
             file = self._open_file(options, settings, place)
-            await _lock(file, options, settings, place)
+            await place.lock(file, options, settings)
             return file
         filename = _leaf_name(options)
-        if place.depth > MAX_CHAIN:
-            raise ImageError(f"{filename}: the backing chain is longer than {MAX_CHAIN} images")
+        place.check_depth(filename)
         if place.depth and settings.discard == "ignore":
             raise ConfigError(f"{place.path}discard=ignore: only for the uppermost node and files")
         try:
@@ -235,11 +167,7 @@ class Opener:
         if options.driver is not None and file.is_device != (options.driver == "host_device"):
             what = "a block device" if file.is_device else "a regular file"
             raise ImageError(f"{options.filename}: the driver {options.driver} is not for {what}")
-        for above in place.above:
-            if os.path.sameopenfile(above.fd, file.fd):
-                if place.use is Use.DATA:
-                    raise ImageError(f"{file.filename}: holds an image of this chain already")
-                raise ImageError(f"{file.filename}: the backing chain is a loop")
+        place.check_is_new(file)
         return file
 
     async def _open_probed(
@@ -263,7 +191,7 @@ class Opener:
         if probed is None:
             return await self._open(options.file, below, place)
         assert isinstance(options.file, FileOptions)
-        await _lock(probed, options.file, below, place)
+        await place.lock(probed, options.file, below)
         return probed
 
     # --- drivers -------------------------------------------------------------------------------
@@ -360,11 +288,14 @@ class Opener:
         place = place.data_file(file, settings)
         if given is not None and not header.has_data_file:
             raise ConfigError(f"{place.path[:-1]}: {file.filename} keeps its data itself")
-        if given is None:
-            if not header.has_data_file or header.data_file is None:
-                return None  # if one is missing, open_qcow2 says so
-            given = FileOptions(filename=header.data_file)
+        named = header.data_file if header.has_data_file else None
+        if given is None and named is None:
+            return None  # if one is missing, open_qcow2 says so
         try:
+            if given is None:
+                assert named is not None
+                self._references.check({"filename": named})
+                given = FileOptions(filename=named)
             below = child_settings(given, settings, ChildRole.FILE, place.path)
             node = await self._open(given, below, place)
         except ImageError as error:
@@ -396,9 +327,9 @@ class Opener:
                 tree = parse_node(found, place.path)
             else:
                 directory = os.path.dirname(file.filename)
-                tree = image_tree(
-                    name, image_format, directory=directory, given=given, path=place.path
-                )
+                found = options_of_name(name, directory)
+                self._references.check(found)
+                tree = named_tree(name, found, image_format, given=given, path=place.path)
             below = child_settings(tree, settings, ChildRole.BACKING, place.path)
             return await self._open(tree, below, place)
         except NbdserveError as error:
@@ -474,22 +405,3 @@ def _is_disk(node: Node) -> bool:
     while isinstance(node, ThrottleNode):
         node = node.children["file"]
     return isinstance(node, Qcow2Node)
-
-
-async def _lock(file: FileNode, options: FileOptions, settings: Effective, place: Place) -> None:
-    """Take the lock that the use of a file calls for. Raises LockedError, ImageError.
-
-    A server that was killed may still have I/O in flight, and a guardian work to do.
-    """
-    if options.locking == "off":
-        return
-    permissions, shared = PERMISSIONS[ROLES[place.use, place.only_reads]]
-    started = trio.current_time()
-    while True:
-        try:
-            return file.lock(permissions, Permission.ALL if settings.force_share else shared)
-        except LockedError:
-            patience = RESCUE_PATIENCE if is_being_rescued(file.fd) else PATIENCE
-            if trio.current_time() - started > patience:
-                raise
-        await trio.sleep(PATIENCE / 20)

@@ -76,8 +76,11 @@ def _export_lines(name: Tree, export: Tree, some_are_left: bool) -> Iterator[str
     if "throttle" in export:
         yield _line("throttle", name, export["throttle"])
     for role, node in export["nodes"].items():
-        head, rest = _split(node, "driver", "filename")
-        yield _line("node", name | {"node": role} | head, rest)
+        given, rest = _split(node, "node_name")
+        head, rest = _split(rest, "driver", "filename")
+        if given["node_name"].startswith("#"):  # ours, which tells nobody anything
+            given = {}
+        yield _line("node", name | {"node": role} | given | head, rest)
 
 
 def _split(tree: Tree, *names: str) -> tuple[Tree, Tree]:

@@ -1,8 +1,8 @@
 """What every test may rely on: `@pytest.mark.peer`, `@pytest.mark.clock`, `@pytest.mark.long`.
 
 A test that needs a program of others names it: `@pytest.mark.peer("qemu-img", "fio")`.  Where
-one is missing the test is skipped and the summary says which and why; with CI=true it fails,
-because a run that skips must not look like a run that passed.
+one is missing the test is skipped and the summary says which and why; with CI=true it fails
+(facilities.py, which has what else a machine may be without).
 
 A test that measures time says so: `@pytest.mark.clock`.  Where several processes run tests of
 this checkout (`-n`), it runs while no other does.
@@ -15,18 +15,23 @@ Tests that share what is dear to set up are run by one process (`TOGETHER`).
 
 import contextlib
 import fcntl
-import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import trio
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 import peers
+from facilities import lacking
+from nbdserve.engines.engine import Engine
+from nbdserve.engines.start import start_engine
 
 # How long an example takes is the machine's affair.
 settings.register_profile("no deadline", settings(), deadline=None)
 settings.load_profile("no deadline")
+
+IDLE_SECONDS = 60.0  # far above what any request takes, so that a loaded machine fails no test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,16 +70,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     missing = sorted(name for name in wanted if not peers.have(name))
     if not missing:
         return
-    reason = f"not here, or not allowed: {', '.join(missing)} (tools/peers.sh installs programs)"
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{reason}; CI=true, so this is a failure", pytrace=False)
-    pytest.skip(reason)
+    lacking(f"not here, or not allowed: {', '.join(missing)} (tools/peers.sh installs programs)")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     with _among_other_processes(alone=item.get_closest_marker("clock") is not None):
         return (yield)
+
+
+@pytest.fixture(params=[
+    "threads",
+    pytest.param("io_uring", marks=pytest.mark.peer(peers.IO_URING)),
+    pytest.param("native", marks=pytest.mark.peer(peers.LINUX_AIO)),
+])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """Each engine in turn, for files that are open with O_DIRECT; idle when the test is over."""
+    engine = start_engine(request.param, direct=True)
+    assert engine.name == request.param  # io_uring may become threads
+    yield engine
+    with trio.fail_after(IDLE_SECONDS):
+        await engine.idle()
+    engine.close()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ from nbdserve.block.run import Miss, Op, Resolution
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nbdserve.block.node import Done
+
 __all__ = ["BLOCK", "MemoryLeaf"]
 
 BLOCK = 4096
@@ -103,9 +105,7 @@ class MemoryLeaf(Leaf):
         self._store(offset, data)
         return True
 
-    def submit_read(
-        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
-    ) -> None:
+    def submit_read(self, offset: int, buffer: memoryview, done: Done) -> None:
         def read() -> None:
             self._count("submit_read", offset, len(buffer))
             buffer[:] = self.data[offset : offset + len(buffer)]
@@ -113,12 +113,7 @@ class MemoryLeaf(Leaf):
         self._queue(read, done)
 
     def submit_write(
-        self,
-        offset: int,
-        data: Buffer,
-        done: Callable[[OSError | None], None],
-        *,
-        fua: bool = False,
+        self, offset: int, data: Buffer, done: Done, *, fua: bool = False
     ) -> None:
         def write() -> None:
             self._count("submit_write" + "+fua" * fua, offset, len(data))
@@ -126,7 +121,7 @@ class MemoryLeaf(Leaf):
 
         self._queue(write, done)
 
-    def _queue(self, action: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
+    def _queue(self, action: Callable[[], None], done: Done) -> None:
         def complete() -> None:
             try:
                 action()
@@ -179,7 +174,7 @@ class MemoryLeaf(Leaf):
             raise self.failed
         return self.flushed
 
-    def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
+    def submit_flush(self, done: Done) -> bool:
         if not self.queues:
             return False
         self._queue(lambda: self._count("submit_flush", 0, 0), done)

@@ -28,11 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 # A module of the distribution's own Python, invisible to a virtual environment.
 LIBNBD = "python3-libnbd"
-# Installed is not enough: containers may forbid ptrace.
 STRACE = "strace"
-# No programs, but what a machine may be without all the same: containers may forbid the one, and
-# file systems in memory have no use for the other.
+# No programs, but what a machine may be without all the same: containers may forbid the first two,
+# and file systems in memory have no use for the third.
 IO_URING = "io_uring"
+LINUX_AIO = "Linux AIO"
 O_DIRECT = "O_DIRECT"
 # A kernel for tests/kernel: unpacked, not installed (tools/guest-kernel.sh).
 GUEST_KERNEL = "guest-kernel"
@@ -56,24 +56,26 @@ class PeerFailed(AssertionError):
 
 
 def have(program: str) -> bool:
-    """Whether a program (or `IO_URING`, `O_DIRECT`) that `@pytest.mark.peer` may name can be
+    """Whether a program that `@pytest.mark.peer` may name, or what else it may (`PROBES`), can be
     run here."""
-    if program == LIBNBD:
-        probe = [SYSTEM_PYTHON, "-I", "-c", "import nbd"]
-        try:
-            return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            return False
-    if program == STRACE and shutil.which(program) is not None:
-        probe = [program, "-o", os.devnull, "true"]
+    probe = PROBES.get(program)
+    return shutil.which(program, path=SEARCH_PATH) is not None if probe is None else probe()
+
+
+def _has_libnbd() -> bool:
+    probe = [SYSTEM_PYTHON, "-I", "-c", "import nbd"]
+    try:
         return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    if program == GUEST_KERNEL:
-        return guest_kernel().joinpath("vmlinuz").exists()
-    if program == IO_URING:
-        return _may_use_io_uring()
-    if program == O_DIRECT:
-        return _has_o_direct(tempfile.gettempdir())
-    return shutil.which(program, path=SEARCH_PATH) is not None
+    except FileNotFoundError:
+        return False
+
+
+def _may_trace() -> bool:
+    """Installed is not enough: containers may forbid ptrace."""
+    if shutil.which(STRACE) is None:
+        return False
+    probe = [STRACE, "-o", os.devnull, "true"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
 def _may_use_io_uring() -> bool:
@@ -85,9 +87,20 @@ def _may_use_io_uring() -> bool:
     return bool(ring >= 0)
 
 
-def _has_o_direct(folder: PathLike) -> bool:
-    """Whether files in a folder can be read past the page cache.  File systems in memory let new
+def _may_use_linux_aio() -> bool:
+    """By io_setup(2) and io_destroy(2)."""
+    setup, destroy = (206, 207) if os.uname().machine == "x86_64" else (0, 1)
+    libc, context = ctypes.CDLL(None), ctypes.c_ulong(0)
+    if libc.syscall(setup, 1, ctypes.byref(context)) != 0:
+        return False
+    libc.syscall(destroy, context)
+    return True
+
+
+def _has_o_direct() -> bool:
+    """Whether temporary files can be read past the page cache.  File systems in memory let new
     kernels open them so, and it means nothing."""
+    folder = tempfile.gettempdir()
     kind = run("stat", "--file-system", "--format=%T", folder).stdout.strip()
     if kind in ("tmpfs", "ramfs"):
         return False
@@ -97,6 +110,17 @@ def _has_o_direct(folder: PathLike) -> bool:
         except OSError:
             return False
     return True
+
+
+PROBES: dict[str, Callable[[], bool]] = {
+    LIBNBD: _has_libnbd,
+    STRACE: _may_trace,
+    GUEST_KERNEL: lambda: guest_kernel().joinpath("vmlinuz").exists(),
+    IO_URING: _may_use_io_uring,
+    LINUX_AIO: _may_use_linux_aio,
+    O_DIRECT: _has_o_direct,
+}
+"""How to find out what is more than a program on the PATH."""
 
 
 def guest_kernel() -> pathlib.Path:

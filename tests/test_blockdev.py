@@ -9,10 +9,11 @@ from nbdserve.blockdev import (
     RawOptions,
     ThrottleOptions,
     image_tree,
+    named_tree,
     parse_node,
 )
 from nbdserve.errors import ConfigError, ImageError
-from nbdserve.imageopts import parse_image_opts
+from nbdserve.imageopts import options_of_name, parse_image_opts
 
 FILE = FileOptions(filename="a")
 
@@ -288,6 +289,6 @@ def test_only_a_plain_name_is_relative_to_the_overlay(name, opened):
 def test_what_was_given_goes_before_the_name_and_the_format():
     name = "json:{'driver': 'qcow2', 'file.filename': 'a', 'file.aio': 'threads', 'size': 512}"
     given = {"driver": "raw", "file.aio": "native"}
-    assert image_tree(name, "qcow2", given=given) == RawOptions(
+    assert named_tree(name, options_of_name(name), "qcow2", given=given) == RawOptions(
         file=FileOptions(filename="a", aio="native"), size=512
     )

@@ -27,7 +27,7 @@ from nbdserve.formats.qcow2.create import create_image
 from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.raw import RawNode
 from nbdserve.graph import open_backend
-from nbdserve.opener import MAX_CHAIN
+from nbdserve.place import MAX_CHAIN
 
 MIB = 1 << 20
 

@@ -3,12 +3,12 @@ refused, and what backing file names make of them."""
 
 import errno
 import json
-import pathlib
-import tempfile
 
 import pytest
 import trio
 
+import peers
+from facilities import folder_in_memory
 from fakes import no_descriptor_left
 from nbdserve import opener
 from nbdserve.blockdev import parse_node
@@ -22,7 +22,7 @@ from nbdserve.config import (
 )
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
-from nbdserve.drivers.locks import Permission
+from nbdserve.drivers.locks import PERMISSIONS, Permission, Role
 from nbdserve.errors import ConfigError, ImageError, LockedError
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.qcow2.create import create_image
@@ -30,6 +30,7 @@ from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.raw import RawNode
 from nbdserve.graph import open_backend, shared_by_drives
 from nbdserve.imageopts import parse_image_opts
+from nbdserve.place import MAX_CHAIN
 
 MIB = 1 << 20
 
@@ -527,7 +528,7 @@ async def test_the_nearest_format_says_what_is_locked(image, monkeypatch, text, 
     monkeypatch.setattr(FileNode, "lock", lambda self, *permissions: locks.append(permissions))
     async with open_backend(tree(text)):
         pass
-    assert locks == [opener.PERMISSIONS[opener.Role[role]]]
+    assert locks == [PERMISSIONS[Role[role]]]
 
 
 async def test_force_share_locks(overlay, monkeypatch):
@@ -554,6 +555,9 @@ async def test_node_names(overlay, image):
             assert (names[""], names["backing"]) == ("top", "base")
             assert all(names[role].startswith("#block") for role in ("file", "backing.file"))
             assert len(set(names.values())) == 4
+            counters = backend.statistics()["nodes"]
+            assert counters["root"]["node_name"] == "top"
+            assert counters["root.backing"]["node_name"] == "base"
             message = await refusal(f"{QCOW2},node-name=base", shared=shared)
             assert message == "node-name: 'base' is given to two nodes"
         async with open_backend(tree(f"{QCOW2},node-name=base"), shared):
@@ -723,7 +727,7 @@ async def test_names_can_make_a_path_only_so_long(raw, tmp_path):
     with no_descriptor_left(), pytest.raises(ImageError) as caught:
         async with open_backend(ImageConfig("9")):
             pytest.fail("it was opened")
-    message = f"1: backing file 0: the backing chain is longer than {opener.MAX_CHAIN} images"
+    message = f"1: backing file 0: the backing chain is longer than {MAX_CHAIN} images"
     assert str(caught.value) == message
 
 
@@ -745,23 +749,18 @@ async def test_names_can_make_a_tree_only_so_large(monkeypatch):
 @pytest.fixture
 def in_memory():
     """A folder in memory, where there is no O_DIRECT."""
-    try:
-        folder = tempfile.TemporaryDirectory(dir="/dev/shm")
-    except OSError:
-        pytest.skip("no /dev/shm here")
-    with folder as name:
-        yield pathlib.Path(name)
+    with folder_in_memory() as folder:
+        yield folder
 
 
 def files_of(backend):
     return [node for _, node in backend._nodes() if isinstance(node, FileNode)]
 
 
+@pytest.mark.peer(peers.IO_URING, peers.O_DIRECT)
 async def test_auto_is_o_direct_where_all_files_have_it(overlay, caplog):
     config = ImageConfig(str(overlay), format="qcow2", cache=CACHE_AUTO)
     with shared_by_drives() as shared:
-        if shared.engines.get(None, direct=True).name != "io_uring":
-            pytest.skip("no io_uring here")
         async with open_backend(config, shared) as backend:
             assert [type(file) for file in files_of(backend)] == [DirectFileNode] * 2
             assert [engine.name for engine in backend.engines] == ["io_uring"]
@@ -769,6 +768,7 @@ async def test_auto_is_o_direct_where_all_files_have_it(overlay, caplog):
     assert "--cache=auto: none" in record.getMessage()
 
 
+@pytest.mark.peer(peers.IO_URING)
 async def test_auto_is_writeback_where_one_file_has_no_o_direct(in_memory, caplog):
     base = in_memory / "base.img"
     base.write_bytes(b"raw!" * (MIB // 4))

@@ -12,7 +12,7 @@ import trio
 
 from fakes import no_descriptor_left
 from nbdserve import guardian as guardian_module
-from nbdserve import opener
+from nbdserve import place
 from nbdserve.block.redo import PUT, RedoLog, encode
 from nbdserve.blockdev import parse_node
 from nbdserve.config import CACHE_MODES, ImageConfig
@@ -189,7 +189,7 @@ def left_alone(path, *, alive=False):
 
 async def test_who_opens_an_image_in_its_care_waits(image, monkeypatch):
     asked = []
-    really = opener.is_being_rescued
+    really = place.is_being_rescued
     with left_alone(image) as twin:
 
         def is_being_rescued(fd):
@@ -198,16 +198,16 @@ async def test_who_opens_an_image_in_its_care_waits(image, monkeypatch):
                 twin.release()
             return asked[-1]
 
-        monkeypatch.setattr(opener, "is_being_rescued", is_being_rescued)
+        monkeypatch.setattr(place, "is_being_rescued", is_being_rescued)
         async with open_backend(config(image)):
             assert asked == [True] * 3
 
 
 async def test_nobody_waits_long_for_a_server_that_lives(image, monkeypatch):
-    monkeypatch.setattr(opener, "PATIENCE", 0.02)
+    monkeypatch.setattr(place, "PATIENCE", 0.02)
     with (
         left_alone(image, alive=True),
-        trio.fail_after(opener.RESCUE_PATIENCE),
+        trio.fail_after(place.RESCUE_PATIENCE),
         pytest.raises(LockedError, match="in use by"),
     ):
         async with open_backend(config(image)):
@@ -215,8 +215,8 @@ async def test_nobody_waits_long_for_a_server_that_lives(image, monkeypatch):
 
 
 async def test_nobody_waits_for_ever(image, monkeypatch):
-    monkeypatch.setattr(opener, "PATIENCE", 0.02)
-    monkeypatch.setattr(opener, "RESCUE_PATIENCE", 0.1)
+    monkeypatch.setattr(place, "PATIENCE", 0.02)
+    monkeypatch.setattr(place, "RESCUE_PATIENCE", 0.1)
     with left_alone(image), pytest.raises(LockedError, match="in use by the guardian"):
         async with open_backend(config(image)):
             pass

@@ -19,8 +19,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "nbdserve"
 
 # What a layer may import from the project, lowest first.  The package itself (nbdserve, for its
 # version) is open to all.  drivers/ is absent from all rows but those of opener and graph, which
-# alone know every driver, and of guardian, which knows the image locks.  cli/ may use formats/ for
-# what opens no tree: making an image.
+# alone know every driver, and of place and guardian, which know the image locks.  cli/ may use
+# formats/ for what opens no tree: making an image.
 NODE_OPTIONS = {"imageopts", "blockdev", "inherit"}
 BLOCK_STACK = {"errors", "config", "block"}
 MAY_IMPORT = {
@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "imageopts": {"errors"},
     "blockdev": {"errors", "units", "imageopts"},
     "inherit": {"errors", "blockdev"},
-    "config": {"errors"} | NODE_OPTIONS,
+    "references": {"errors", "imageopts"},
+    "config": {"errors", "references"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
     "block": {"errors"},
@@ -38,15 +39,17 @@ MAY_IMPORT = {
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK,
     "nbd": {"errors", "block"},
+    "place": NODE_OPTIONS | {"errors", "drivers"},
     "guardian": {"block", "drivers", "errors"},
-    "opener": BLOCK_STACK | NODE_OPTIONS | {"engines", "drivers", "formats", "filters", "guardian"},
+    "opener": BLOCK_STACK | NODE_OPTIONS
+    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics", "guardian"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
-    | {"units", "listeners", "formats", "graph", "server", "guardian"},
+    | {"units", "references", "listeners", "formats", "graph", "server", "guardian"},
     "__main__": {"cli"},
 }
 

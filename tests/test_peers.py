@@ -74,15 +74,18 @@ def test_a_server_is_stopped_when_the_body_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ci", "summary"), [("", "1 passed, 1 skipped"), ("true", "1 passed, 1 error")]
+    ("ci", "summary"),
+    [("", "1 passed, 2 skipped"), ("true", "1 failed, 1 passed, 1 error")],
 )
 def test_a_missing_peer_is_skipped_aloud_but_fails_in_ci(tmp_path, monkeypatch, ci, summary):
-    for name in ("conftest.py", "peers.py"):
+    for name in ("conftest.py", "facilities.py", "peers.py"):
         (tmp_path / name).write_text((TESTS / name).read_text())
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
+        "from facilities import lacking\n"
         "@pytest.mark.peer('sh')\ndef test_here(): pass\n"
-        "@pytest.mark.peer('sh', 'no-such-program')\ndef test_there(): pass\n")
+        "@pytest.mark.peer('sh', 'no-such-program')\ndef test_there(): pass\n"
+        "def test_elsewhere(): lacking('no such device')\n")
     monkeypatch.setenv("CI", ci)
     said = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir",
@@ -90,6 +93,7 @@ def test_a_missing_peer_is_skipped_aloud_but_fails_in_ci(tmp_path, monkeypatch, 
         cwd=tmp_path, capture_output=True, text=True, check=False).stdout
     assert summary in said
     assert "not here, or not allowed: no-such-program" in said
+    assert "no such device" in said
 
 
 def test_every_peer_that_a_test_names_is_one_that_is_installed() -> None:

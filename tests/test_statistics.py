@@ -32,11 +32,12 @@ def tree(**changes):
         "misses": {"NOT_CACHED": 3},
         "nodes": {
             "root": {
+                "node_name": "disk0",
                 "driver": "qcow2",
                 "filename": "/my disk",
                 "l2_cache": {"loads": 3, "dirty": 0},
             },
-            "root.file": {"driver": "file", "filename": "/my disk"},
+            "root.file": {"node_name": "#block001", "driver": "file", "filename": "/my disk"},
         },
     }
     return {
@@ -62,7 +63,8 @@ def test_one_line_for_each_object():
         'statistics export export="" rd_operations=100 rd_bytes=8192 rd_total_time_ns=1690000'
         " rd_us=p50:12,p99:16 rd_us_bins=16:99,1024:1 misses.NOT_CACHED=3",
         'statistics left export="" connections=2 wr_operations=4',
-        'statistics node export="" node=root driver=qcow2 filename="/my disk" l2_cache.loads=3',
+        'statistics node export="" node=root node_name=disk0 driver=qcow2 filename="/my disk"'
+        " l2_cache.loads=3",
         'statistics node export="" node=root.file driver=file filename="/my disk"',
         'statistics connection client=127.0.0.1:5 export="" structured_replies=true',
         "statistics engine name=threads jobs=5",

@@ -28,7 +28,6 @@ busybox         busybox-static
 mkfs.xfs        xfsprogs
 mke2fs          e2fsprogs
 debugfs         e2fsprogs
-setpriv         util-linux
 guest-kernel    -
 "
 

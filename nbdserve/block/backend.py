@@ -353,7 +353,12 @@ class BlockBackend:
             "misses": {miss.name: count for miss, count in self.misses.items()},
             "buffers": {"free_bytes": self.buffers.statistics()},
             "nodes": {
-                role: {"driver": node.driver, "filename": node.filename, **node.statistics()}
+                role: {
+                    "node_name": node.node_name,
+                    "driver": node.driver,
+                    "filename": node.filename,
+                    **node.statistics(),
+                }
                 for role, node in self._nodes()
             },
         }

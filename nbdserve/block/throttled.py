@@ -7,7 +7,8 @@ flush, FUA's included, and a block status count as nothing and wait for nothing.
 
 The synchronous way asks `admit_nowait`; refused, the request becomes late with Miss.THROTTLED and
 waits in its task. A request that was admitted but misses for another reason is taken back: it asks
-again on its other way, and must not pay twice.
+again on its other way, and must not pay twice. One that fails is not: it is answered and does not
+come back, so it has paid once, like one that fails later or on the asynchronous way (and in QEMU).
 
 After block/block-backend.c of QEMU (throttle_group_co_io_limits_intercept in blk_co_do_preadv_part
 and blk_co_do_pwritev_part).
@@ -21,12 +22,10 @@ from nbdserve.block.backend import BlockBackend
 from nbdserve.block.run import READ, WRITE, Miss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import trio
 
     from nbdserve.block.epoch import Epochs
-    from nbdserve.block.node import Buffer, Node
+    from nbdserve.block.node import Buffer, Done, Node
     from nbdserve.block.run import Op
 
 __all__ = ["Throttle", "ThrottledBackend"]
@@ -84,9 +83,7 @@ class ThrottledBackend(BlockBackend):
             self._throttle.take_back(READ, len(buffer))
         return miss
 
-    def submit_read(
-        self, offset: int, buffer: memoryview, done: Callable[[OSError | None], None]
-    ) -> bool:
+    def submit_read(self, offset: int, buffer: memoryview, done: Done) -> bool:
         """As BlockBackend's; False also if it would have to wait for the throttle."""
         if not self._admit_nowait(READ, len(buffer)):
             return False
@@ -95,14 +92,7 @@ class ThrottledBackend(BlockBackend):
             self._throttle.take_back(READ, len(buffer))
         return submitted
 
-    def submit_write(
-        self,
-        offset: int,
-        data: Buffer,
-        done: Callable[[OSError | None], None],
-        *,
-        fua: bool = False,
-    ) -> bool:
+    def submit_write(self, offset: int, data: Buffer, done: Done, *, fua: bool = False) -> bool:
         """As `submit_read`."""
         if not self._admit_nowait(WRITE, len(data)):
             return False

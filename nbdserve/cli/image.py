@@ -55,6 +55,7 @@ def image_config(
         "aio": None if options["aio"] is None else AIO_MODES[options["aio"]],
         "offset": options["offset"],
         "throttle": throttle,
+        "references": options["image_refs"],
     }
     if not options["image_opts"]:
         return ImageConfig(image, options["format"], **common)

@@ -8,6 +8,7 @@ any command line means can be asked without serving anything.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ from nbdserve.config import (
     ServeConfig,
 )
 from nbdserve.errors import ConfigError
+from nbdserve.references import ANY_FILE, NO_FILE, References
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
@@ -34,6 +36,13 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return parse_size(value, f"--{param.name}")
+
+
+def _references(ctx: click.Context, param: click.Parameter, value: str) -> References:
+    words = {"any": ANY_FILE, "none": NO_FILE}
+    if value not in words and not os.path.isdir(value):
+        raise ConfigError(f"--image-refs: {value!r} is neither any nor none nor a folder")
+    return words.get(value) or References(allowed=True, folder=value)
 
 
 def _once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
@@ -72,6 +81,10 @@ def shared_options(defaults: Defaults) -> Callable[[F], F]:
                help="Image format (raw, qcow2); probed if not given."),
         option("--image-opts", is_flag=True,
                help="IMAGE is options, as driver=qcow2,file.filename=..., for each node."),
+        option("--image-refs", metavar="any|none|FOLDER", default="any",
+               show_default=True, callback=_references,
+               help="The files that an image may name as its backing file or data file: any, none,"
+               " or those in a folder. What you name yourself is always allowed."),
         option("-r", "--read-only", is_flag=True, help="Refuse every write."),
         option("-x", "--export-name", metavar="NAME", default="",
                help="Name of the export; empty by default."),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nbdserve.block.buffers import BufferPool
     from nbdserve.block.node import Buffer
     from nbdserve.drivers.alignment import Alignment
+    from nbdserve.drivers.file import OpenFile
     from nbdserve.engines.engine import Done, Engine
 
 __all__ = ["DirectFileNode"]
@@ -45,23 +46,9 @@ class DirectFileNode(FileNode):
     """A FileNode whose descriptor was opened with O_DIRECT."""
 
     def __init__(
-        self,
-        filename: str,
-        fd: int,
-        engine: Engine,
-        length: int,
-        alignment: Alignment,
-        buffers: BufferPool,
-        *,
-        is_device: bool,
-        read_only: bool,
-        no_flush: bool,
-        discard: bool,
+        self, file: OpenFile, engine: Engine, alignment: Alignment, buffers: BufferPool
     ) -> None:
-        super().__init__(
-            filename, fd, engine, length,
-            is_device=is_device, read_only=read_only, no_flush=no_flush, discard=discard,
-        )  # fmt: skip
+        super().__init__(file, engine)
         self.alignment = alignment
         self.gate = WriteGate()
         self.buffers = buffers

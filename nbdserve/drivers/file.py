@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from nbdserve.drivers.locks import Permission
     from nbdserve.engines.engine import Done, Engine
 
-__all__ = ["FileNode"]
+__all__ = ["FileNode", "OpenFile"]
 
 RWF_NOWAIT = os.RWF_NOWAIT
 
@@ -57,33 +58,38 @@ NO_DSYNC = frozenset({errno.EOPNOTSUPP})
 MAX_PIECES = 1024
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFile:
+    """A host file as it was opened: what it is, and what it may be used for. `length` in bytes."""
+
+    filename: str
+    fd: int
+    length: int
+    is_device: bool
+    read_only: bool
+    no_flush: bool
+    discard: bool
+
+
 class FileNode(Leaf):
     """An open file; `length` is its length in bytes, `size` the same in whole sectors."""
 
     driver = "file"
     fua = True
 
-    def __init__(
-        self,
-        filename: str,
-        fd: int,
-        engine: Engine,
-        length: int,
-        *,
-        is_device: bool,
-        read_only: bool,
-        no_flush: bool,
-        discard: bool,
-    ) -> None:
+    def __init__(self, file: OpenFile, engine: Engine) -> None:
         super().__init__(
-            filename, align_up(length, SECTOR), read_only=read_only, no_flush=no_flush
+            file.filename,
+            align_up(file.length, SECTOR),
+            read_only=file.read_only,
+            no_flush=file.no_flush,
         )
-        self.fd = fd
-        self.length = length
-        self.is_device = is_device
+        self.fd = file.fd
+        self.length = file.length
+        self.is_device = file.is_device
         self._engine = engine
-        self._discard = discard
-        self._lock = ImageLock(fd, filename)
+        self._discard = file.discard
+        self._lock = ImageLock(file.fd, file.filename)
         self._nowait = RWF_NOWAIT
         self._zero_modes = {True: True, False: True}  # may_unmap -> the file system can do it
         self._would_block = 0

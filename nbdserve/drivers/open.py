@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nbdserve.drivers.alignment import direct_alignment, no_direct_io
 from nbdserve.drivers.direct import DirectFileNode
-from nbdserve.drivers.file import FileNode
+from nbdserve.drivers.file import FileNode, OpenFile
 from nbdserve.engines import syscalls
 from nbdserve.errors import ImageError
 
@@ -56,16 +56,19 @@ def open_file(
         if not is_device and not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{filename}: neither a regular file nor a block device")
         length = syscalls.block_device_size(fd) if is_device else status.st_size
+        file = OpenFile(
+            filename=filename,
+            fd=fd,
+            length=length,
+            is_device=is_device,
+            read_only=read_only,
+            no_flush=no_flush,
+            discard=discard,
+        )
         if direct is None:
-            return FileNode(
-                filename, fd, engine, length,
-                is_device=is_device, read_only=read_only, no_flush=no_flush, discard=discard,
-            )  # fmt: skip
+            return FileNode(file, engine)
         alignment = direct_alignment(fd, filename, is_device=is_device)
-        return DirectFileNode(
-            filename, fd, engine, length, alignment, direct,
-            is_device=is_device, read_only=read_only, no_flush=no_flush, discard=discard,
-        )  # fmt: skip
+        return DirectFileNode(file, engine, alignment, direct)
     except OSError as error:
         os.close(fd)
         raise ImageError(f"{filename}: {error.strerror}", error.errno) from None

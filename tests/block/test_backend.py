@@ -7,8 +7,7 @@ import trio
 import trio.testing
 
 from fakes import FakeLeaf, FakeNode
-from nbdserve.block.backend import MAX_EXTENTS, BlockBackend
-from nbdserve.block.epoch import Epochs
+from nbdserve.block.backend import MAX_EXTENTS
 from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.block.run import READ, WRITE, Miss
 
@@ -31,19 +30,6 @@ class MappedNode(FakeNode):
     def allocate_nowait(self, offset, data):
         self._record("allocate_nowait", offset, len(data))
         return self.allocates
-
-
-@pytest.fixture
-def epochs():
-    return Epochs()
-
-
-@pytest.fixture
-def make(nursery, epochs):
-    def make(root, **options):
-        return BlockBackend(root, epochs, nursery, **{"write_cache": True, **options})
-
-    return make
 
 
 def nobody_in_flight(epochs):
@@ -421,12 +407,15 @@ async def test_statistics_walk_the_tree(make):
     file, backing = FakeLeaf(), FakeLeaf()
     file.statistics = lambda: {"which": "file"}
     file.driver = "file"
+    file.node_name = "disk0"
     backend = make(FakeNode(SIZE, file=file, backing=backing))
     assert backend.statistics()["nodes"] == {
-        "root": {"driver": "", "filename": "fake"},
-        "root.file": {"driver": "file", "filename": "fake", "which": "file"},
-        "root.backing": {"driver": "", "filename": "fake"},
-    }
+        "root": {"node_name": "", "driver": "", "filename": "fake"},
+        "root.file": {
+            "node_name": "disk0", "driver": "file", "filename": "fake", "which": "file"
+        },
+        "root.backing": {"node_name": "", "driver": "", "filename": "fake"},
+    }  # fmt: skip
 
 
 async def test_statistics_are_those_of_all_accounts(make):

@@ -7,8 +7,6 @@ import trio
 import trio.testing
 
 from fakes import FakeLeaf, FakeNode
-from nbdserve.block.backend import BlockBackend
-from nbdserve.block.epoch import Epochs
 from nbdserve.block.run import WRITE, WRITE_FUA, Miss
 
 SIZE = 1 << 20
@@ -45,19 +43,6 @@ class FuaLeaf(FakeLeaf):
 
     def complete(self, error=None):
         self.queue.pop(0)(error)
-
-
-@pytest.fixture
-def epochs():
-    return Epochs()
-
-
-@pytest.fixture
-def make(nursery, epochs):
-    def make(root, **options):
-        return BlockBackend(root, epochs, nursery, **{"write_cache": True, **options})
-
-    return make
 
 
 # --- passed down -----------------------------------------------------------------------------

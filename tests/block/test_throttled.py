@@ -1,5 +1,6 @@
 """A backend behind a throttle: what asks, what counts for how much, what never waits."""
 
+import errno
 import inspect
 
 import pytest
@@ -50,11 +51,6 @@ class Gate:
 @pytest.fixture
 def gate():
     return Gate()
-
-
-@pytest.fixture
-def epochs():
-    return Epochs()
 
 
 @pytest.fixture
@@ -126,6 +122,30 @@ async def test_a_read_is_paid_for_once_when_it_is_queued(make, gate):
     assert gate.passed == [(READ, 7)]
 
 
+AT_ONCE = {
+    "read_nowait": (lambda b: b.read_nowait(0, buffer(7)), READ),
+    "write_nowait": (lambda b: b.write_nowait(0, bytes(7)), WRITE),
+    "submit_read": (lambda b: b.submit_read(0, buffer(7), print), READ),
+    "submit_write": (lambda b: b.submit_write(0, bytes(7), print), WRITE),
+}
+
+
+@pytest.mark.parametrize("way", AT_ONCE)
+async def test_who_fails_at_once_has_paid(make, gate, way):
+    """The client is answered with the error, and nobody asks again."""
+    call, op = AT_ONCE[way]
+    leaf = FakeLeaf(SIZE)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    setattr(leaf, way, fail)
+    gate.open.set()
+    with pytest.raises(OSError, match="Input/output error"):
+        call(make(leaf))
+    assert gate.passed == [(op, 7)]
+
+
 # --- the asynchronous way --------------------------------------------------------------------
 
 
@@ -146,6 +166,17 @@ async def test_a_request_waits_before_everything_else(make, gate, epochs, nurser
     assert gate.passed == [(op, 512)]
     assert leaf.names() == [name, *(FLUSH if name in ("write", "write_zeroes") else [])]
     assert waits == [1, -1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_who_fails_later_has_paid(make, gate, way):
+    call, op, name = WAYS[way]
+    leaf = FakeLeaf(SIZE)
+    leaf.errors[name] = OSError(errno.EIO, "Input/output error")
+    gate.open.set()
+    with pytest.raises(OSError, match="Input/output error"):
+        await call(make(leaf), 512)
+    assert gate.passed == [(op, 512)]
 
 
 @pytest.mark.parametrize("way", WAYS)

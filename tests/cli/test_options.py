@@ -14,6 +14,7 @@ from nbdserve.config import (
     ServeConfig,
 )
 from nbdserve.errors import ConfigError
+from nbdserve.references import References
 
 
 def parse(command, *argv):
@@ -65,6 +66,9 @@ SPELLINGS = [
     (["--socket=s"], "listen.unix_path", "s"),
     (["-f", "raw"], "image.format", "raw"),
     (["--format=qcow2"], "image.format", "qcow2"),
+    (["--image-refs=any"], "image.references", References(allowed=True)),
+    (["--image-refs=none"], "image.references", References(allowed=False)),
+    (["--image-refs", "/"], "image.references", References(allowed=True, folder="/")),
     (["-r"], "image.read_only", True),
     (["--read-only"], "image.read_only", True),
     (["-x", ""], "export.name", ""),
@@ -102,6 +106,17 @@ def test_every_spelling(read, argv, attribute, value):
     for name in attribute.split("."):
         found = getattr(found, name)
     assert found == value
+
+
+def test_what_images_may_name_holds_for_every_export():
+    first = serve_argv("--image-refs=none", "--export", "other=b")
+    assert [image.references.allowed for image, _ in first.served()] == [False, False]
+
+
+@pytest.mark.parametrize("word", ["", "nonne", "setup.cfg/"])
+def test_what_images_may_name_is_a_word_or_a_folder(word):
+    with pytest.raises(ConfigError, match=f"--image-refs: '{word}' is neither any nor none nor a"):
+        serve_argv(f"--image-refs={word}")
 
 
 @pytest.mark.parametrize("argv", [["-t"], ["--persistent"]])

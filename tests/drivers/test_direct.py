@@ -4,31 +4,21 @@ import errno
 import fcntl
 import os
 import random
-import tempfile
 
 import pytest
 import trio
 
+import peers
+from facilities import folder_in_memory, lacking
 from fakes import no_descriptor_left
 from nbdserve.block.buffers import BufferPool
-from nbdserve.drivers.alignment import Alignment, probe
+from nbdserve.drivers.alignment import Alignment, direct_alignment, probe
 from nbdserve.drivers.open import open_file
-from nbdserve.engines.start import start_engine
-from nbdserve.errors import ImageError, NbdserveError
+from nbdserve.errors import ImageError
+
+pytestmark = pytest.mark.peer(peers.O_DIRECT)
 
 LONG = 20.0
-
-
-@pytest.fixture(params=["threads", "io_uring", "native"])
-async def engine(request):
-    try:
-        engine = start_engine(request.param, direct=True)
-    except NbdserveError as error:
-        pytest.skip(str(error))
-    yield engine
-    with trio.fail_after(LONG):
-        await engine.idle()
-    engine.close()
 
 
 @pytest.fixture(params=[512, 4096])
@@ -36,12 +26,7 @@ async def open_direct(engine, request):
     nodes = []
 
     def open_direct(path):
-        try:
-            node = open_file(
-                str(path), engine, read_only=False, discard=True, direct=BufferPool()
-            )
-        except ImageError as error:
-            pytest.skip(str(error))
+        node = open_file(str(path), engine, read_only=False, discard=True, direct=BufferPool())
         nodes.append(node)
         if node.alignment.request <= request.param:  # a disk of larger blocks, as if
             node.alignment = Alignment(request.param, request.param)
@@ -200,13 +185,23 @@ async def test_a_write_that_fails_when_it_is_its_turn_says_so(tmp_path, open_dir
     assert node.gate.statistics() == (0, 0)
 
 
+@pytest.fixture
+def small_blocks(tmp_path):
+    """The disk's are smaller than pages."""
+    (tmp_path / "probed").write_bytes(bytes(4096))
+    fd = os.open(tmp_path / "probed", os.O_RDONLY | os.O_DIRECT)
+    alignment = direct_alignment(fd, "probed", is_device=False)
+    os.close(fd)
+    if alignment.request > 512:
+        lacking(f"{tmp_path} is on a disk with blocks of {alignment.request} bytes, not 512")
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("open_direct", [512], indirect=True)
 async def test_old_blocks_are_read_into_aligned_memory(tmp_path, open_direct):
     path = tmp_path / "file"
     path.write_bytes(b"o" * 8192)
     node = open_direct(path)
-    if node.alignment.request > 512:
-        pytest.skip("its blocks are as large as pages")
     node.alignment = Alignment(4096, 512)
     node._in_memory = 4095
     submit_old = node.submit_old
@@ -234,12 +229,10 @@ async def test_the_descriptor_is_not_a_non_blocking_one(tmp_path, open_direct):
 @pytest.fixture
 def in_memory():
     """A file of a block in a tmpfs."""
-    if not os.path.isdir("/dev/shm"):
-        pytest.skip("no /dev/shm here")
-    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
-        file.write(bytes(4096))
-        file.flush()
-        yield file.name
+    with folder_in_memory() as folder:
+        path = folder / "file"
+        path.write_bytes(bytes(4096))
+        yield str(path)
 
 
 async def test_a_file_system_in_memory_is_refused(engine, in_memory):
@@ -326,10 +319,7 @@ async def test_durable_writes_leave_no_descriptor(tmp_path, engine):
     path = tmp_path / "file"
     path.write_bytes(b"o" * 8192)
     with no_descriptor_left():
-        try:
-            node = open_file(str(path), engine, read_only=False, direct=BufferPool())
-        except ImageError as error:
-            pytest.skip(str(error))
+        node = open_file(str(path), engine, read_only=False, direct=BufferPool())
         await node.write_fua(0, bytes(4096))
         await node.write_fua(8100, bytes(1000))
         await node.close()

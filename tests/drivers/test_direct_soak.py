@@ -10,19 +10,19 @@ import itertools
 import mmap
 import os
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import trio
 
+import facilities
+import peers
 from nbdserve.drivers.alignment import Alignment
 from nbdserve.drivers.open import open_file
 from nbdserve.engines.engine import completion
-from nbdserve.engines.start import start_engine
-from nbdserve.errors import ImageError, NbdserveError
 from poisoned import PoisonedPool
+
+pytestmark = pytest.mark.peer(peers.O_DIRECT)
 
 SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
 SEEDS = range(10) if SOAK else range(2)
@@ -35,33 +35,13 @@ ODD_END = 123_457
 LENGTHS = (1, 7, 100, 511, 512, 513, 1024, 4000, 4096, 5000, 8192, 12_288, 20_000)
 
 
-@pytest.fixture(params=["threads", "io_uring", "native"])
-async def engine(request):
-    try:
-        engine = start_engine(request.param, direct=True)
-    except NbdserveError as error:
-        pytest.skip(str(error))
-    yield engine
-    with trio.fail_after(LONG):
-        await engine.idle()
-    engine.close()
-
-
 @pytest.fixture(scope="module")
 def loop_device(tmp_path_factory):
     """A block device with sectors of 4096 bytes."""
-    if os.geteuid() or not shutil.which("losetup", path=os.environ["PATH"] + ":/sbin:/usr/sbin"):
-        pytest.skip("a disk of 4096-byte sectors needs root and losetup")
     path = tmp_path_factory.mktemp("loop") / "disk"
     path.write_bytes(b"\xee" * (SIZE // 4096 * 4096))
-    made = subprocess.run(
-        ["losetup", "-b", "4096", "--show", "-f", path], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no disk of 4096-byte sectors: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    yield device
-    subprocess.run(["losetup", "-d", device], check=True)
+    with facilities.loop_device(path, sector=4096) as device:
+        yield device
 
 
 class Soak:
@@ -153,10 +133,7 @@ def content_of(path):
 async def soak(engine, path, seed, *, limit, block=None):
     rng = random.Random(seed)
     pool = PoisonedPool()
-    try:
-        node = open_file(str(path), engine, read_only=False, discard=True, direct=pool)
-    except ImageError as error:
-        pytest.skip(str(error))
+    node = open_file(str(path), engine, read_only=False, discard=True, direct=pool)
     try:
         if block is not None and node.alignment.request <= block:  # as if it were larger
             node.alignment = Alignment(block, block)

@@ -10,18 +10,16 @@ import os
 import pathlib
 import random
 import resource
-import shutil
 import socket
-import subprocess
-import tempfile
 
 import pytest
 
+from facilities import folder_in_memory, loop_device, small_file_system
 from fakes import no_descriptor_left
 from nbdserve.block.flush import FlushFailed
 from nbdserve.block.node import MAX_INLINE, Extent
 from nbdserve.drivers import file as file_module
-from nbdserve.drivers.file import MAX_PIECES, FileNode
+from nbdserve.drivers.file import MAX_PIECES, FileNode, OpenFile
 from nbdserve.drivers.locks import PERMISSIONS, Role
 from nbdserve.drivers.open import open_file
 from nbdserve.engines import syscalls
@@ -272,12 +270,10 @@ async def test_one_file_system_without_nowait_says_nothing_of_another(
 @pytest.fixture
 def in_memory():
     """A file of 3000 bytes in a tmpfs."""
-    if not os.path.isdir("/dev/shm"):
-        pytest.skip("no /dev/shm here")
-    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
-        file.write(b"abc" * 1000)
-        file.flush()
-        yield file.name
+    with folder_in_memory() as folder:
+        path = folder / "file"
+        path.write_bytes(b"abc" * 1000)
+        yield str(path)
 
 
 async def test_an_image_in_memory_is_read_at_once(in_memory, open_node):
@@ -451,36 +447,24 @@ async def test_room_for_a_part_is_an_error_too(path, open_node, full_disk, way):
         await way(node, 20 * BLOCK - 10, b"x" * 100)
 
 
-async def test_a_really_full_disk(open_node):
-    """A tmpfs of one MiB, where this may be mounted."""
-    with small_file_system() as directory:
-        path = os.path.join(directory, "image")
-        os.mknod(path)
-        os.truncate(path, 4 << 20)
-        node = open_node(path)
-        with pytest.raises(OSError, match="No space left") as caught:
-            await node.write(0, b"x" * (3 << 20))
-        assert caught.value.errno == errno.ENOSPC
-        with pytest.raises(OSError, match="No space left"):
-            node.write_nowait(3 << 20, b"x" * MAX_INLINE)
-        await node.close()
+@pytest.fixture
+def mebibyte():
+    """A file system with room for one MiB."""
+    with small_file_system(1 << 20) as folder:
+        yield folder
 
 
-@contextlib.contextmanager
-def small_file_system():
-    directory = tempfile.mkdtemp()
-    try:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory]
-        try:
-            subprocess.run(mount, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("not allowed to mount a tmpfs here")
-        try:
-            yield directory
-        finally:
-            subprocess.run(["umount", "-l", directory], check=True)
-    finally:
-        os.rmdir(directory)
+async def test_a_really_full_disk(mebibyte, open_node):
+    path = mebibyte / "image"
+    os.mknod(path)
+    os.truncate(path, 4 << 20)
+    node = open_node(path)
+    with pytest.raises(OSError, match="No space left") as caught:
+        await node.write(0, b"x" * (3 << 20))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        node.write_nowait(3 << 20, b"x" * MAX_INLINE)
+    await node.close()
 
 
 async def test_a_read_only_file_is_not_written(path, open_node):
@@ -996,18 +980,10 @@ async def test_no_extent_is_empty_when_data_vanishes_while_it_is_looked_for(
 @pytest.fixture
 def device(tmp_path):
     """A loop device of 64 blocks of random bytes, where one may be made."""
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("a loop device needs root and losetup")
     backing = tmp_path / "device.img"
     backing.write_bytes(random.Random(6).randbytes(64 * BLOCK))
-    attach = subprocess.run(
-        ["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False
-    )
-    if attach.returncode:
-        pytest.skip(f"no loop device here: {attach.stderr.strip()}")
-    name = attach.stdout.strip()
-    yield name
-    subprocess.run(["losetup", "--detach", name], check=True)
+    with loop_device(backing) as name:
+        yield name
 
 
 async def test_a_block_device_is_an_image_of_its_size(device, open_node):
@@ -1067,10 +1043,11 @@ async def test_fast_zeroes_on_a_device_never_let_the_kernel_write_them(
 
     monkeypatch.setattr(syscalls, "punch_hole", punch_hole)
     monkeypatch.setattr(syscalls, "zero_range", zero_range)
-    node = FileNode(
-        "device", os.open(path, os.O_RDWR), engine, 16 * BLOCK,
+    file = OpenFile(
+        filename="device", fd=os.open(path, os.O_RDWR), length=16 * BLOCK,
         is_device=True, read_only=False, no_flush=True, discard=True,
     )  # fmt: skip
+    node = FileNode(file, engine)
     if done:
         await node.write_zeroes(0, BLOCK, may_unmap=may_unmap, fallback=False)
         assert calls == done

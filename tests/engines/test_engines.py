@@ -11,6 +11,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+import peers
 from nbdserve.engines import io_uring, kernel_queue, start
 from nbdserve.engines.engine import completion
 from nbdserve.engines.io_uring import IoUringEngine
@@ -24,14 +25,13 @@ LONG = 20.0
 BLOCK = 4096
 
 
-@pytest.fixture(params=[ThreadsEngine, IoUringEngine, LinuxAioEngine])
+URING = pytest.param(IoUringEngine, marks=pytest.mark.peer(peers.IO_URING))
+AIO = pytest.param(LinuxAioEngine, marks=pytest.mark.peer(peers.LINUX_AIO))
+
+
+@pytest.fixture(params=[ThreadsEngine, URING, AIO])
 async def engine(request):
-    try:
-        engine = request.param()
-    except OSError as error:
-        if error.errno in start.FORBIDDEN:
-            pytest.skip(f"forbidden here: {error}")
-        raise
+    engine = request.param()
     yield engine
     with trio.fail_after(LONG):
         await engine.idle()
@@ -75,14 +75,11 @@ async def test_a_write_is_whole(engine, file, data, dsync):
     assert os.pread(fd, len(content), 0) == content[:100] + joined + content[100 + len(joined) :]
 
 
-@pytest.mark.parametrize("kind", [IoUringEngine, LinuxAioEngine])
+@pytest.mark.parametrize("kind", [URING, AIO])
 async def test_it_may_be_closed_when_a_completion_has_just_woken_it(kind):
     """Which of two tasks that are ready goes first is chance: so, often."""
     for _ in range(30):
-        try:
-            engine = kind()
-        except OSError as error:
-            pytest.skip(f"forbidden here: {error}")
+        engine = kind()
         await trio.testing.wait_all_tasks_blocked()
         os.eventfd_write(engine.eventfd, 1)
         await trio.lowlevel.checkpoint()
@@ -163,12 +160,10 @@ async def test_many_tasks(engine, file):
             nursery.start_soon(task, seed)
 
 
+@pytest.mark.peer(peers.O_DIRECT)
 async def test_an_o_direct_read_to_an_end_that_is_not_aligned(engine, tmp_path):
     (tmp_path / "odd").write_bytes(b"x" * 5000)
-    try:
-        fd = os.open(tmp_path / "odd", os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        pytest.skip("no O_DIRECT here")
+    fd = os.open(tmp_path / "odd", os.O_RDONLY | os.O_DIRECT)
     data = memoryview(mmap.mmap(-1, 4 * BLOCK))
     data[:] = b"\xee" * len(data)
     await completion(lambda done: engine.submit_read(fd, data, 0, done))
@@ -179,12 +174,9 @@ async def test_an_o_direct_read_to_an_end_that_is_not_aligned(engine, tmp_path):
 # --- the kernel's queues --------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def ring():
-    try:
-        engine = IoUringEngine()
-    except OSError as error:
-        pytest.skip(f"forbidden here: {error}")
+@pytest.fixture(params=[URING])
+async def ring(request):
+    engine = request.param()
     yield engine
     with trio.fail_after(LONG):
         await engine.idle()
@@ -238,12 +230,9 @@ async def test_a_kernel_that_refuses_fails_the_requests(ring, file, monkeypatch)
     assert await read(ring, fd, 0, 512) == content[:512]
 
 
-@pytest.mark.parametrize("kind", [IoUringEngine, LinuxAioEngine])
+@pytest.mark.parametrize("kind", [URING, AIO])
 async def test_a_kernel_that_refuses_fails_those_too_that_waited_for_room(kind, file, monkeypatch):
-    try:
-        engine = kind()
-    except OSError as error:
-        pytest.skip(f"forbidden here: {error}")
+    engine = kind()
     fd, content = file
     monkeypatch.setattr(engine, "_hand_over", lambda number: -errno.ENOMEM)
     found = []
@@ -331,12 +320,10 @@ async def test_what_threads_stand_in_for_is_the_threads_that_run(monkeypatch, ca
     other.close()
 
 
+@pytest.mark.peer(peers.LINUX_AIO)
 async def test_native_that_runs_is_for_files_with_o_direct_alone():
     engines = Engines()
-    try:
-        native = engines.get("native", direct=True)
-    except ConfigError as error:
-        pytest.skip(f"forbidden here: {error}")
+    native = engines.get("native", direct=True)
     assert engines.get("native", direct=True) is native
     with pytest.raises(ConfigError, match="--aio=native needs O_DIRECT"):
         engines.get("native", direct=False)

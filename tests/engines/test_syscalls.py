@@ -5,14 +5,12 @@ import ctypes
 import errno
 import fcntl
 import os
-import pathlib
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
-import peers
+from facilities import folder_in_memory, loop_device
 from nbdserve.engines import syscalls
 
 KiB = 1024
@@ -41,10 +39,7 @@ def fd(tmp_path):
 @pytest.fixture
 def tmpfs_fd():
     """The same on tmpfs, which cannot do ZERO_RANGE."""
-    shm = pathlib.Path("/dev/shm")
-    if not os.access(shm, os.W_OK):
-        pytest.skip("no writable /dev/shm here")
-    with tempfile.NamedTemporaryFile(dir=shm) as file:
+    with folder_in_memory() as folder, open(folder / "file", "w+b") as file:
         file.write(b"\xa5" * MiB)
         file.flush()
         yield file.fileno()
@@ -55,15 +50,8 @@ def loop_fd(tmp_path):
     """A loop device of 1 MiB, no byte of it zero."""
     path = tmp_path / "disk"
     path.write_bytes(b"\xa5" * MiB)
-    made = peers.run("losetup", "--find", "--show", path, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"cannot make a loop device here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
-        with opened(device) as fd:
-            yield fd
-    finally:
-        peers.run("losetup", "--detach", device)
+    with loop_device(path) as device, opened(device) as fd:
+        yield fd
 
 
 def content(fd, start, end):

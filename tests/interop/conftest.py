@@ -55,6 +55,7 @@ CACHE = {
 }
 DIRECT = pytest.mark.peer(peers.O_DIRECT)
 URING = pytest.mark.peer(peers.IO_URING)
+AIO = pytest.mark.peer(peers.LINUX_AIO)
 
 
 @pytest.fixture(params=[
@@ -62,7 +63,7 @@ URING = pytest.mark.peer(peers.IO_URING)
     pytest.param(("io_uring", False), id="io_uring-writeback", marks=URING),
     pytest.param(("threads", True), id="threads-none", marks=DIRECT),
     pytest.param(("io_uring", True), id="io_uring-none", marks=[URING, DIRECT]),
-    pytest.param(("native", True), id="native-none", marks=DIRECT),
+    pytest.param(("native", True), id="native-none", marks=[AIO, DIRECT]),
 ])
 def served(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Engine:
     return Engine(*request.param, tmp_path)

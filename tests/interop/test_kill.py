@@ -52,9 +52,13 @@ CASES = [
 ]
 
 
+NEEDS = {"io_uring": [peers.IO_URING], "native": [peers.LINUX_AIO]}
+PAST_THE_CACHE = {"none": [peers.O_DIRECT], "directsync": [peers.O_DIRECT]}
+
+
 def marks(aio, cache):
-    needs = {"io_uring": [peers.IO_URING]}.get(aio, [])
-    return pytest.mark.peer(*needs, *([peers.O_DIRECT] if cache in ("none", "directsync") else []))
+    needed = NEEDS.get(aio, []) + PAST_THE_CACHE.get(cache, [])
+    return pytest.mark.peer(*needed)
 
 
 @pytest.fixture(params=[

@@ -10,6 +10,7 @@ import tempfile
 import pytest
 
 import peers
+from facilities import lacking
 from interop.images import MIB, Recipe, make
 from interop.tools import refused, sha256
 
@@ -55,6 +56,7 @@ def refuse(image, socket_path, *options, command="serve"):
     (["--detect-zeroes=maybe"], "--detect-zeroes"),
     (["-f", "vmdk"], "vmdk"),
     (["-f", ""], "format"),
+    (["--image-refs=some"], "--image-refs: 'some' is neither any nor none nor a folder"),
     (["-o", "4M1"], "--offset"),
     (["-o", "-1"], "--offset"),
     (["-o", "5M"], "--offset"),
@@ -159,12 +161,35 @@ def test_another_format_is_not_taken_for_raw(tmp_path, socket_path, read_only):
     assert "vmdk" in refuse(path, socket_path, *read_only)
 
 
-@pytest.mark.peer("qemu-img", "qemu-io")
+@pytest.mark.peer("qemu-img", "qemu-io", "setpriv")
 def test_a_file_that_may_only_be_read(image, socket_path):
-    if os.getuid() == 0:
-        pytest.skip("root may write every file")
     image.chmod(0o400)
-    assert "Permission denied" in refuse(image, socket_path)
+    # Root may write it all the same, but for a root without that capability.
+    program = ("setpriv", "--bounding-set=-dac_override") if os.getuid() == 0 else ()
+    before = sha256(image)
+    line = refused("-k", socket_path, image, program=program)
+    assert "Permission denied" in line
+    assert sha256(image) == before
+
+
+@pytest.mark.parametrize("command", ["serve", "qemu-nbd"])
+@pytest.mark.parametrize("kind", ["backing file", "data file"])
+@pytest.mark.peer("qemu-img")
+def test_a_file_that_an_image_may_not_name(tmp_path, socket_path, command, kind):
+    secret, image, elsewhere = (tmp_path / name for name in ("secret", "top.qcow2", "elsewhere"))
+    secret.write_bytes(bytes(MIB))
+    elsewhere.mkdir()
+    options = {
+        "backing file": ("-F", "raw", "-b", secret),
+        "data file": ("-o", f"data_file={secret}"),
+    }
+    peers.qemu_img("create", "-q", "-f", "qcow2", *options[kind], image, "1M")
+    for allowed, says in (("none", "images may name no other"), (elsewhere, f"not in {elsewhere}")):
+        line = refuse(image, socket_path, f"--image-refs={allowed}", command=command)
+        assert f"{image}: {kind} {secret}: " in line
+        assert says in line
+    with peers.served(image, f"--image-refs={tmp_path}"):
+        pass
 
 
 # --- locks ----------------------------------------------------------------------------------------
@@ -232,7 +257,7 @@ def encrypted_luks(path):
     for _ in range(20):
         if _encrypt(path, "luks", "encrypt.iter-time=10").returncode == 0:
             return
-    pytest.skip("qemu-img: Unable to get accurate CPU usage, twenty times")
+    lacking("qemu-img: Unable to get accurate CPU usage, twenty times")
 
 
 def encrypted_aes(path):
@@ -329,18 +354,21 @@ def test_a_feature_that_only_writing_would_harm_is_read(tmp_path, build):
 # --- data files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_backing", [False, True])
-@pytest.mark.parametrize(("what", "says"), [
+DATA_FILES = [
     ("missing", "No such file"), ("folder", "data: "), ("fifo", "neither a regular file"),
-    ("the image", "holds an image of this chain"), ("locked", "lock"), ("unnamed", "names none")])
+    ("the image", "holds an image of this chain"), ("unnamed", "names none")]
+
+
+@pytest.mark.parametrize(("what", "says", "is_backing"), [
+    *((*case, is_backing) for case in DATA_FILES for is_backing in (False, True)),
+    # Who only reads a data file lets others write to it, as QEMU does.
+    ("locked", "lock", False)])
 @pytest.mark.peer("qemu-img", "qemu-nbd")
 def test_a_data_file_that_cannot_be_had(tmp_path, socket_path, what, says, is_backing):
     path, data = tmp_path / "disk.qcow2", tmp_path / "data"
     peers.qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "4M")
     top = path
     if is_backing:
-        if what == "locked":
-            pytest.skip("who only reads a data file lets others write to it, as QEMU does")
         top = tmp_path / "top.qcow2"
         peers.qemu_img("create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", top)
     if what == "locked":

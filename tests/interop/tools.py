@@ -77,13 +77,15 @@ def side_by_side(one: list[Extent], other: list[Extent]) -> Iterator[tuple[int, 
         offset = end
 
 
-def refused(*argv: PathLike, command: str = "serve") -> str:
-    """Start our server and expect what every refusal is: soon, exit status 1, nothing on stdout
-    and one line on stderr, which is returned."""
+def refused(
+    *argv: PathLike, command: str = "serve", program: tuple[str, ...] = ()
+) -> str:
+    """Start our server, by `program` if there is one, and expect what every refusal is: soon, exit
+    status 1, nothing on stdout and one line on stderr, which is returned."""
     words = [str(word) for word in argv]
     done = subprocess.run(
-        [*NBDSERVE, command, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=PATIENCE, check=False)
+        [*program, *NBDSERVE, command, *words], stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr

@@ -10,11 +10,12 @@ import random
 import pytest
 import trio
 
+import peers
 from nbdserve.drivers.open import open_file
-from nbdserve.engines.start import start_engine
-from nbdserve.errors import ImageError, NbdserveError
 from poisoned import PoisonedPool
 from transmission import FLUSH, FUA, READ, serving, settle
+
+pytestmark = pytest.mark.peer(peers.O_DIRECT)
 
 SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
 ROUNDS = 25 if SOAK else 6
@@ -25,28 +26,13 @@ ODD = 300  # bytes past the last whole block
 LONG = 60.0
 
 
-@pytest.fixture(params=["threads", "io_uring", "native"])
-async def engine(request):
-    try:
-        engine = start_engine(request.param, direct=True)
-    except NbdserveError as error:
-        pytest.skip(str(error))
-    yield engine
-    with trio.fail_after(LONG):
-        await engine.idle()
-    engine.close()
-
-
 @pytest.fixture
 async def disk(tmp_path, engine):
     """(node, pool, content) of a file that ends within a block."""
     path = tmp_path / "disk"
     path.write_bytes(random.Random(9).randbytes(CLIENTS * SHARE + ODD))
     pool = PoisonedPool()
-    try:
-        node = open_file(str(path), engine, read_only=False, discard=True, direct=pool)
-    except ImageError as error:
-        pytest.skip(str(error))
+    node = open_file(str(path), engine, read_only=False, discard=True, direct=pool)
     yield node, pool, path
     with trio.fail_after(LONG):
         await engine.idle()
