@@ -23,6 +23,7 @@ nbd-client      nbd-client
 fio             fio
 strace          strace
 losetup         mount
+setpriv         util-linux
 qemu-system-x86_64  qemu-system-x86
 busybox         busybox-static
 mkfs.xfs        xfsprogs
@@ -68,7 +69,7 @@ lacking=$(missing)
     echo "*** Missing programs that tests and benchmarks use, and not installed:"
     while read -r peer package; do
         [ "$package" != - ] || package='fetched by tools/guest-kernel.sh'
-        files=$(grep -rlE --include='test_*.py' "mark\.peer\([^)]*\"$peer\"" tests | sort | tr '\n' ' ')
+        files=$(grep -rlzE --include='test_*.py' --include=guest.py "mark\.peer\([^)]*\"$peer\"" tests | sort | tr '\n' ' ')
         echo "***   $peer (Debian: $package); skips tests in: ${files:-no file}"
     done <<<"$lacking"
     # shellcheck disable=SC2046
