@@ -18,19 +18,15 @@ PYTEST_ARGS ?=
 CRASH_ARGS ?=
 # make bench BENCH_ARGS='--quick --only randread-32'
 BENCH_ARGS ?=
-
+# make fuzz FUZZ_ARGS='--target handshake --runs 1000000 --seed 1'
+FUZZ_ARGS ?=
 # make races RACES_ARGS='--seconds 60 --seed 7'
 RACES_ARGS ?=
-
 # make kernel KERNEL=linux-image-6.12.95+deb12-cloud-amd64: another kernel package than the default
 KERNEL ?=
 
-# As many tests at once as there are processors, but for those that measure time. Those in a guest
-# have a target of their own.
-PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
-
-# make fuzz FUZZ_ARGS='--target handshake --runs 1000000 --seed 1'
-FUZZ_ARGS ?=
+# As many tests at once as there are processors, but for those that measure time.
+PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup
 
 .PHONY: help serve test matrix races faults limits fuzz refusals crash kernel check lint types
 .PHONY: coverage bench cache-table clean
@@ -55,11 +51,11 @@ matrix: $(VENV)/.has-test  ## all that moves data, with every I/O engine and eac
 races: $(VENV)/.has-test  ## interleavings of what races, for ten minutes; prints how many, and the seeds
 	PYTHONPATH=tests $(BIN)/python -m races $(RACES_ARGS)
 
-kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_SOAK=1 for the long run
-	@tools/peers.sh kernel
+kernel: $(VENV)/.has-test  ## all with a real kernel as the client; NBDSERVE_SOAK=1 for the long run
+	@tools/peers.sh
 	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
 	NBDSERVE_KERNEL=$$(basename $$kernel) \
-		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
+		$(BIN)/python -m pytest --matrix --durations=10 tests/kernel $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.has-fuzz  ## mutated bytes for whatever reads a stranger's, guided by coverage
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)

@@ -1,4 +1,4 @@
-"""What every test may rely on: `@pytest.mark.peer` and `@pytest.mark.clock`.
+"""What every test may rely on: `@pytest.mark.peer`, `@pytest.mark.clock`, `@pytest.mark.long`.
 
 A test that needs a program of others names it: `@pytest.mark.peer("qemu-img", "fio")`.  Where
 one is missing the test is skipped and the summary says which and why; with CI=true it fails
@@ -6,6 +6,11 @@ one is missing the test is skipped and the summary says which and why; with CI=t
 
 A test that measures time says so: `@pytest.mark.clock`.  Where several processes run tests of
 this checkout (`-n`), it runs while no other does.
+
+One that takes long, and whose essence a shorter one has, is `@pytest.mark.long`: it is run with
+`--matrix` only.
+
+Tests that share what is dear to set up are run by one process (`TOGETHER`).
 """
 
 import contextlib
@@ -15,6 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import trio
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 import peers
 from facilities import lacking
@@ -31,7 +37,32 @@ IDLE_SECONDS = 60.0  # far above what any request takes, so that a loaded machin
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true",
                      help="run every test of the engine matrix with every engine and cache mode"
-                     " (tests/interop/conftest.py)")
+                     " (tests/interop/conftest.py), and the tests that are marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    later = [item for item in items if item.get_closest_marker("long") is not None]
+    if later and not config.getoption("--matrix"):
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in later]
+
+
+# One guest; and each server is observed once.
+TOGETHER = ("tests/kernel/", "tests/interop/test_cache_modes.py::")
+
+
+class _Scheduling(LoadScopeScheduling):
+    """A test at a time, but what is `TOGETHER` to one process, and first, as it takes longest."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((start for start in TOGETHER if nodeid.startswith(start)), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _Scheduling | None:
+    """In place of `--dist=loadgroup`'s own: with pytest 9.2 xdist 3.8 knows no groups, as it puts
+    them into an attribute that pytest no longer reads."""
+    return _Scheduling(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,8 @@
 # Sourced by the other tools: installs Debian packages where this user may.
 #
-# apt_install PACKAGE...   0: installed; 1: this machine has no apt-get, or the user is neither
-#                          root nor allowed sudo without a password, or apt-get failed.
+# apt_install [PACKAGE...]   0: installed, and apt's lists are new; 1: this machine has no apt-get,
+#                            or the user is neither root nor allowed sudo without a password, or
+#                            apt-get failed.
 # It never asks anything: what cannot be had without a question is the caller's to report.
 
 apt_install() {
@@ -11,7 +12,7 @@ apt_install() {
         sudo -n true 2>/dev/null || return 1
         as_root=(sudo -n "${as_root[@]}")
     fi
-    echo "Installing with apt-get: $*"
+    [ $# -eq 0 ] || echo "Installing with apt-get: $*"
     # One dead source must not stop the others: whether the packages are there, install decides.
     "${as_root[@]}" apt-get -qq update || true
     "${as_root[@]}" apt-get -qq -o Dpkg::Use-Pty=0 install --yes --no-install-recommends "$@" \

@@ -9,7 +9,8 @@ set -eu
 cd "$(dirname "$0")/.."
 . tools/apt.sh
 
-# The peer as tests name it in @pytest.mark.peer, and the package it comes from.
+# The peer as tests name it in @pytest.mark.peer, and the package it comes from.  guest-kernel is a
+# Debian kernel, fetched by a tool of its own and not installed.
 PEERS="
 qemu-img        qemu-utils
 qemu-io         qemu-utils
@@ -23,10 +24,6 @@ fio             fio
 strace          strace
 losetup         mount
 setpriv         util-linux
-"
-# With the argument "kernel" those of tests/kernel too. guest-kernel is a Debian kernel, fetched by a
-# tool of its own and not installed.
-[ "${1:-}" != kernel ] || PEERS="$PEERS
 qemu-system-x86_64  qemu-system-x86
 busybox         busybox-static
 mkfs.xfs        xfsprogs
@@ -72,7 +69,7 @@ lacking=$(missing)
     echo "*** Missing programs that tests and benchmarks use, and not installed:"
     while read -r peer package; do
         [ "$package" != - ] || package='fetched by tools/guest-kernel.sh'
-        files=$(grep -rlE --include='test_*.py' "mark\.peer\([^)]*\"$peer\"" tests | sort | tr '\n' ' ')
+        files=$(grep -rlzE --include='test_*.py' --include=guest.py "mark\.peer\([^)]*\"$peer\"" tests | sort | tr '\n' ' ')
         echo "***   $peer (Debian: $package); skips tests in: ${files:-no file}"
     done <<<"$lacking"
     # shellcheck disable=SC2046

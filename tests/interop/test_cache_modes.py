@@ -5,10 +5,7 @@ import pytest
 from interop import cache_modes
 from interop.cache_modes import DIFFERENCES, DIRECT, FORMATS, MODES, QEMU, THREADS, Server
 
-pytestmark = [
-    pytest.mark.peer("strace", "qemu-img", "qemu-io", "qemu-nbd"),
-    pytest.mark.xdist_group("cache modes"),  # one process, so that each is observed once
-]
+pytestmark = pytest.mark.peer("strace", "qemu-img", "qemu-io", "qemu-nbd")
 
 NAMES = [step.name for step in cache_modes.STEPS if step.name]
 SAFE = [mode for mode in MODES if mode != "unsafe"]

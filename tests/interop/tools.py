@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import peers
 from peers import PathLike
@@ -129,17 +129,23 @@ class BareClient:
         _, error, cookie = self._REPLY.unpack(self._receive(self._REPLY.size))
         assert (error, cookie) == (0, self._REQUEST.unpack_from(request)[3])
 
-    def replies(self) -> Iterator[tuple[int, int]]:
-        """(cookie, error) of each reply until the server closes; none may carry data."""
+    def replies(self, data: Mapping[int, int] | None = None) -> Iterator[tuple[int, int]]:
+        """(cookie, error) of each reply until the server closes. `data`: by cookie, how many bytes
+        it carries; they are received and forgotten."""
         while head := self._receive(self._REPLY.size, or_end=True):
             magic, error, cookie = self._REPLY.unpack(head)
             assert magic == 0x67446698
+            if data and not error:
+                self._receive(data.get(cookie, 0))
             yield cookie, error
 
     def close(self) -> None:
         self.sock.close()
 
     def _receive(self, length: int, *, or_end: bool = False) -> bytes:
-        data = self.sock.recv(length, socket.MSG_WAITALL)
+        # MSG_WAITALL waits for nothing on a socket with a timeout.
+        data = b""
+        while len(data) < length and (more := self.sock.recv(length - len(data))):
+            data += more
         assert len(data) == length or (or_end and not data)
         return data

@@ -22,15 +22,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+import pytest
+
 import peers
 from kernel.initramfs import initramfs
+
+GUEST_TEST = pytest.mark.peer(
+    "guest-kernel", "qemu-system-x86_64", "busybox", "setpriv", "nbd-client", "mke2fs", "mkfs.xfs")
+"""Marks a test that takes a guest: what that is made of."""
 
 CPUS = 4
 """The NBD driver opens no more queues than there are CPUs, however many connections it has."""
 
-BOOT_SECONDS = 90.0
-RUN_SECONDS = 120.0
-"""Far above what is ever needed, so that a loaded machine fails no test."""
+PATIENCE = 300.0
+"""Seconds without a word from the guest after which it is given up. Far above what is ever needed,
+so that a loaded machine fails no test."""
 
 _PORT = re.compile(r":(\d+)(?:/|$)")
 
@@ -57,19 +63,18 @@ class Guest:
         self.broken = False
 
     def run(
-        self, script: str, *, check: bool = True, timeout: float = RUN_SECONDS,
+        self, script: str, *, check: bool = True,
         on_word: Callable[[str], object] = lambda _: None,
     ) -> Done:
         """Run a shell script in the guest to its end; it has the function `attach` (see there).
         `on_word` is called with each line that it writes to descriptor 3, when it does.
 
         Raises `GuestFailed` if it exits with another status than 0 (unless `check` is false), and,
-        with the guest killed, if it takes longer than `timeout` seconds.
+        with the guest killed, if it says nothing for `PATIENCE` seconds.
         """
-        deadline = time.monotonic() + timeout
         self._send(base64.b64encode(b"set -eu\n. /attach\n" + script.encode()) + b"\n")
         while True:
-            word, _, rest = self._line(deadline).partition(" ")
+            word, _, rest = self._line().partition(" ")
             if word == "end":
                 break
             on_word(f"{word} {rest}".strip())
@@ -80,7 +85,7 @@ class Guest:
         return done
 
     def wait_until_ready(self) -> None:
-        line = self._line(time.monotonic() + BOOT_SECONDS)
+        line = self._line()
         if line != "ready":
             raise GuestFailed(f"the guest said {line!r} when it should be ready{self._told()}")
 
@@ -99,8 +104,9 @@ class Guest:
             self.broken = True
             raise GuestFailed(f"the guest is gone: {error}{self._told()}") from None
 
-    def _line(self, deadline: float) -> str:
+    def _line(self) -> str:
         assert self._process.stdout is not None
+        deadline = time.monotonic() + PATIENCE
         while b"\n" not in self._received:
             left = deadline - time.monotonic()
             ready = select.select([self._process.stdout], [], [], max(left, 0))[0]

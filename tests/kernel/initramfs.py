@@ -65,11 +65,10 @@ def _contents(kernel: pathlib.Path) -> Iterator[tuple[str, tuple[int, Source]]]:
     files |= {f"modules/{name}.ko": (0o100644, path) for name, path in modules.items()}
     order = "".join(f"{name}.ko {OPTIONS.get(name, '')}\n" for name in modules)
     files["modules/order"] = (0o100644, order.encode())
-    files["bin/busybox"] = (0o100755, _program("busybox"))
     files["dev/console"] = (stat.S_IFCHR | 0o600, b"")
-    for name in PROGRAMS:
-        program = _program(name)
-        files[f"usr/sbin/{name}"] = (0o100755, program)
+    for name in ("bin/busybox", *(f"usr/sbin/{program}" for program in PROGRAMS)):
+        program = _program(pathlib.PurePath(name).name)
+        files[name] = (0o100755, program)
         for library in _LIBRARY.findall(peers.run("ldd", program, check=False).stdout):
             files[library.lstrip("/")] = (0o100755, pathlib.Path(library).resolve())
     folders = {str(parent) for name in files for parent in pathlib.PurePath(name).parents} - {"."}

@@ -8,10 +8,13 @@ out of sight. A call has a record before it is made and one when it has returned
 LOG before anything else can happen: so whoever looks at the length of LOG when a client has got an
 answer knows that all that led to the answer lies before. Reading the record, and what the image
 may be after a power cut, is powercut.py's; that the record is complete is checked there, too.
+
+There is no guardian (nbdserve/guardian.py): the power would take it with the server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import struct
@@ -46,6 +49,7 @@ class Recorder:
 
     def install(self) -> None:
         """From now on all goes through here."""
+        os.register_at_fork(after_in_child=lambda: os._exit(0))  # the guardian
         pwrite, pwritev, fallocate = os.pwrite, os.pwritev, syscalls.fallocate
 
         def logged_pwrite(fd: int, data: Buffer, offset: int) -> int:
@@ -62,22 +66,29 @@ class Recorder:
                 kind = ZERO if mode & syscalls.FALLOC_FL_ZERO_RANGE else ALLOCATE
             self._call(fd, kind, offset, length, lambda: fallocate(fd, mode, offset, length))
 
-        def refused(*_arguments: object) -> None:
-            raise AssertionError("a way to change the image that is not recorded")
-
         os.pwrite = logged_pwrite  # type: ignore[assignment]
         os.pwritev = logged_pwritev  # type: ignore[assignment]
         syscalls.fallocate = logged_fallocate
         for name in ("fdatasync", "fsync"):
             setattr(os, name, self._logged_sync(getattr(os, name)))
-        for name in ("ftruncate", "truncate", "sync", "copy_file_range", "sendfile", "splice"):
-            setattr(os, name, refused)
+        for name in ("truncate", "ftruncate", "copy_file_range", "sendfile", "splice"):
+            setattr(os, name, self._refused_of_the_image(getattr(os, name)))
 
     def _logged_sync(self, sync: Callable[[int], None]) -> Callable[[int], None]:
         def logged(fd: int) -> None:
             self._call(fd, SYNC, 0, 0, lambda: sync(fd))
 
         return logged
+
+    def _refused_of_the_image(self, call: Callable[..., T]) -> Callable[..., T]:
+        def refused(changed: int, other: int, *more: int) -> T:
+            for fd in (changed, other):
+                with contextlib.suppress(OSError):  # not a file
+                    if os.path.samestat(os.stat(fd), self._image):
+                        raise AssertionError("a way to change the image that is not recorded")
+            return call(changed, other, *more)
+
+        return refused
 
     def _call(
         self, fd: int, kind: int, offset: int, data: Sequence[Buffer] | int, call: Callable[[], T]

@@ -23,16 +23,14 @@ import sys
 import pytest
 
 import peers
-from kernel.guest import port_of
+from kernel.guest import GUEST_TEST, port_of
 from kernel.powercut import History
 
-pytestmark = pytest.mark.peer(
-    "guest-kernel", "qemu-system-x86_64", "busybox", "nbd-client", "mke2fs", "debugfs",
-    "mkfs.xfs", "setpriv", "qemu-img")  # fmt: skip
+pytestmark = [GUEST_TEST, pytest.mark.peer("debugfs", "qemu-img")]
 
 SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
-CUTS = 1000 if SOAK else 40
-FILES = 60 if SOAK else 25
+CUTS = 1000 if SOAK else 30
+FILES = 60 if SOAK else 15
 RECORDER = (sys.executable, pathlib.Path(__file__).with_name("recorder.py"))
 
 # The noise is never synced by its writer, so parts of it are in flight at any time; its deletion
@@ -98,8 +96,11 @@ def record(guest, folder, mode, connections):
     return Run(History.read(initial, log), image, kept)
 
 
-@pytest.fixture(scope="module", params=[("writeback", 4), ("writethrough", 1), ("none", 1)],
-                ids=lambda param: "-".join(map(str, param)))
+@pytest.fixture(scope="module", params=[
+    pytest.param(("writeback", 4), id="writeback-4"),
+    pytest.param(("writethrough", 1), id="writethrough-1", marks=pytest.mark.long),
+    pytest.param(("none", 1), id="none-1", marks=pytest.mark.long),
+])
 def run(request, guests, tmp_path_factory):
     return record(guests.healthy(), tmp_path_factory.mktemp("cut"), *request.param)
 
@@ -158,6 +159,7 @@ def test_a_server_that_forgot_to_sync_is_found_out(run, tmp_path):
         assert_holds(*after(forgetful, last, random.Random(2), 0.5, tmp_path))
 
 
+@pytest.mark.long
 def test_the_kernel_mounts_what_a_cut_left(run, guest, tmp_path):
     image, kept = after(run, run.kept[-1][0], random.Random(3), 0.5, tmp_path)
     sums = "".join(f"{digest}  {name}\n" for name, digest in kept)
