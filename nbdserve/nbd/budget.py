@@ -137,6 +137,7 @@ class Share:
         self.set_incoming(0)
         self.set_outgoing(0)
         self.used()
+        self._budget.settle()  # it may have been the first of those that wait
 
     def wake(self) -> None:
         """It has its turn."""

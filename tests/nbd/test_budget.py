@@ -116,6 +116,16 @@ def test_who_leaves_waits_no_more_and_gives_back_what_it_was_granted():
     assert (budget.used, budget.waiting, budget.short) == (0, 0, False)
 
 
+def test_the_first_that_waits_leaves_and_the_next_has_its_turn():
+    budget, (first, long, short) = holders(3)
+    first.take(10 * MIB)
+    assert not long.take(12 * MIB)
+    assert not short.take(2 * MIB)
+    long.share.close()
+    assert short.woken == 1
+    assert not budget.short
+
+
 def looks(budget, seconds):
     for _ in range(int(seconds / TICK)):
         budget.look()
