@@ -254,7 +254,8 @@ class Connection:
             elif arrived is not BYTES:
                 self._want(READABLE if arrived is NOTHING else 0)  # or _granted wakes us
             if not intake.requests:
-                intake.settle()
+                if arrived is not NOTHING or intake.holds:
+                    intake.settle()
                 return arrived is BYTES
         stop = intake.affordable() if self._budget.short else len(intake.requests)
         if not stop:

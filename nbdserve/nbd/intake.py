@@ -38,11 +38,16 @@ class Arrived(Enum):
     HELD_BACK = auto()  # not asked: the budget has no memory for what comes next
 
 
+BYTES, NOTHING, END, HELD_BACK = Arrived
+
+
 class Intake:
-    """`requests`: parsed and not executed yet, in order."""
+    """`requests`: parsed and not executed yet, in order. `holds`: there may be something that was
+    received; else there is nothing to settle."""
 
     def __init__(self, sock: socket.socket, budget: Budget, share: Share) -> None:
         self.requests: list[Request] = []
+        self.holds = False
         self._sock = sock
         self._budget = budget
         self._share = share
@@ -68,23 +73,27 @@ class Intake:
         :raises OSError: the socket is dead.
         """
         buffer = self._buffer
-        self.requests = buffer.parse(BATCH)
-        if self.requests:
-            return Arrived.BYTES
+        if self.holds:
+            self.requests = buffer.parse(BATCH)
+            if self.requests:
+                return BYTES
         room = self._room()
         if room is None:
-            return Arrived.HELD_BACK
+            return HELD_BACK
         try:
             received = self._sock.recv_into(room)
         except BlockingIOError:
-            return Arrived.NOTHING
+            if not self.holds:  # asked again and again while we spin, so at least cost
+                buffer.put_back()
+            return NOTHING
+        self.holds = True
         if not received:
-            return Arrived.END
+            return END
         buffer.received(received)
         self.requests = buffer.parse(BATCH)
         if not self.requests:
             self._share.moved += received
-        return Arrived.BYTES
+        return BYTES
 
     def _room(self) -> memoryview | None:
         """Where to receive into; None: not before others hold less."""
@@ -122,7 +131,9 @@ class Intake:
             buffer.settle(sparing=share.short)
         elif share.short and buffer.held > SMALL:
             self._spare()
-        share.set_incoming(buffer.held + self._copied)
+        held = buffer.held + self._copied
+        self.holds = held > 0
+        share.set_incoming(held)
         if share.granted:
             share.used()
 

@@ -64,7 +64,9 @@ class Outbox:
     def settle(self) -> None:
         """No more is packed for now: the page goes back, or what it holds is counted."""
         if not self.pending:
-            return  # the page stays for the next batch
+            if self._page is not None:
+                self._give_page()
+            return
         if self._share.short and self._page is not None and self._nb_kept <= COPIED:
             self._kept = deque(memoryview(bytes(buffer)) for buffer in self._kept)
             self._give_page()

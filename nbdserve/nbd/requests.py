@@ -133,6 +133,12 @@ class RequestBuffer:
             self._start, self._end = 0, rest
             self._let_go(view)
 
+    def put_back(self) -> None:
+        """Nothing was received into `room`, and nothing is kept."""
+        if self._view is not None:
+            self._scratch.give(self._view)
+            self._view = None
+
     def drop(self) -> None:
         """Forget what was received. Payloads that were parsed stay what they are."""
         self._view = None

@@ -39,6 +39,7 @@ async def test_who_waits_for_nothing_holds_nothing(leaf):
         await settle()
         assert world.budget.used == 0
         assert client.connection._intake._buffer.held == 0
+        assert client.connection._outbox._page is None
 
 
 async def test_what_is_kept_is_counted_and_given_back(leaf):
