@@ -24,7 +24,7 @@ KERNEL ?=
 # have a target of their own.
 PYTEST := $(BIN)/python -m pytest -n auto --dist=loadgroup --ignore=tests/kernel
 
-.PHONY: help serve test matrix kernel check lint types coverage bench cache-table clean
+.PHONY: help serve test matrix kernel faults check lint types coverage bench cache-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile | expand -t 18
@@ -48,6 +48,9 @@ kernel: $(VENV)/.has-test  ## a real kernel as the client, in a guest; NBDSERVE_
 	kernel=$$(tools/guest-kernel.sh $(KERNEL)) && \
 	NBDSERVE_KERNEL=$$(basename $$kernel) \
 		$(BIN)/python -m pytest --durations=10 tests/kernel $(PYTEST_ARGS)
+
+faults: $(VENV)/.has-test  ## every operation on an image's files fails in every way; says how many did
+	NBDSERVE_SOAK=1 $(BIN)/python -m pytest --durations=10 tests/faults $(PYTEST_ARGS)
 
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test

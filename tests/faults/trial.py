@@ -29,7 +29,6 @@ from nbdserve.block.epoch import Epochs
 from nbdserve.formats.raw import RawNode
 from qcow2_model import (
     BesideEntry,
-    MemoryFile,
     Request,
     assert_sound,
     audit,
@@ -44,9 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from qcow2_model import Buffer, Effect
+    from qcow2_model import Buffer
 
-__all__ = ["WAYS", "BackendDrive", "Drive", "Files", "Failed", "Outcome", "by_backend", "run_trial"]
+__all__ = ["WAYS", "BackendDrive", "Drive", "Failed", "Files", "Outcome", "by_backend", "run_trial"]
 
 PATIENCE = 60  # seconds for a trial of milliseconds: what takes longer hangs
 CUTS = 3
@@ -91,8 +90,7 @@ class BackendDrive:
         try:
             return await self._perform(request)
         except OSError as error:
-            assert error.errno is not None
-            raise Failed(error.errno) from error
+            raise Failed(error.errno or 0) from error
 
     async def _perform(self, request: Request) -> bytes | None:
         backend, way = self._backend, self._way
@@ -191,7 +189,9 @@ class Disk:
         for position in differences(self.content[offset : offset + len(data)], data):
             at = offset + position
             allowed = {self.content[at]} | {
-                new[at - start] for start, new in self.alternatives if start <= at < start + len(new)
+                new[at - start]
+                for start, new in self.alternatives
+                if start <= at < start + len(new)
             }
             assert data[position] in allowed, (
                 f"{what}: byte {at:#x} is {data[position]:#x}, not one of {sorted(allowed)}"
@@ -343,9 +343,10 @@ class _Trial:
             async with opened(self._program, self._files) as backend, drive_of(backend) as drive:
                 await self._run(backend, drive)
         except OSError as error:
-            assert self._plan is not None, f"closing failed: {error}"
-            assert error.errno == self._plan.fault.errno
-            assert faults.injected, f"closing failed, and nothing below: {error}"
+            if not faults.injected or self._plan is None:
+                raise AssertionError("closing failed, and nothing below") from error
+            if error.errno != self._plan.fault.errno:
+                raise AssertionError(f"closing failed with {error.errno}") from error
         else:
             self._closed_well = True
 
