@@ -67,6 +67,9 @@ crash: $(VENV)/.has-test  ## crashes of the qcow2 node, many; CRASH_ARGS='--seed
 	@tools/peers.sh
 	PYTHONPATH=tests $(BIN)/python -m crash $(CRASH_ARGS)
 
+faults: $(VENV)/.has-test  ## every operation on an image's files fails in every way; says how many did
+	NBDSERVE_SOAK=1 $(BIN)/python -m pytest --durations=10 tests/faults $(PYTEST_ARGS)
+
 check: $(VENV)/.has-dev  ## ruff, mypy --strict and the tests
 	@$(MAKE) --no-print-directory lint types test
 

@@ -34,8 +34,10 @@ async def by_client(backend: BlockBackend, *, direct: bool) -> AsyncIterator[Dri
         async with trio.open_nursery() as nursery:
             nursery.start_soon(poller.run)
             client = await World(backend, poller, nursery).connect()
-            yield ClientDrive(client)
-            client.sock.close()
+            try:
+                yield ClientDrive(client)
+            finally:
+                client.sock.close()
             await client.ended.wait()
             assert poller.busy == 0
             nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""`tally` counts trials; the summary says how many there were and how many faults were injected."""
+"""`tally` counts trials; the summary says how many there were, and how many faults they met."""
 
 from __future__ import annotations
 

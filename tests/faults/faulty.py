@@ -124,7 +124,7 @@ class FaultyFile(MemoryFile):
         blocks = set(range(offset // BLOCK, -(-(offset + len(data)) // BLOCK)))
         full = self.faults.full
         new = blocks - self._blocks if kind in WRITES else set()
-        fault = self.faults.hit(kind, len(new) - self._room if full and len(new) > self._room else 0)
+        fault = self.faults.hit(kind, max(0, len(new) - self._room) if full else 0)
         if fault is None:
             if kind in WRITES:
                 self._blocks |= new

@@ -90,8 +90,7 @@ class BackendDrive:
         try:
             return await self._perform(request)
         except OSError as error:
-            assert error.errno is not None
-            raise Failed(error.errno) from error
+            raise Failed(error.errno or 0) from error
 
     async def _perform(self, request: Request) -> bytes | None:
         backend, way = self._backend, self._way
@@ -190,7 +189,9 @@ class Disk:
         for position in differences(self.content[offset : offset + len(data)], data):
             at = offset + position
             allowed = {self.content[at]} | {
-                new[at - start] for start, new in self.alternatives if start <= at < start + len(new)
+                new[at - start]
+                for start, new in self.alternatives
+                if start <= at < start + len(new)
             }
             assert data[position] in allowed, (
                 f"{what}: byte {at:#x} is {data[position]:#x}, not one of {sorted(allowed)}"
@@ -341,9 +342,10 @@ class _Trial:
             async with opened(self._program, self._files) as backend, drive_of(backend) as drive:
                 await self._run(backend, drive)
         except OSError as error:
-            assert self._plan is not None, f"closing failed: {error}"
-            assert error.errno == self._plan.fault.errno
-            assert faults.injected, f"closing failed, and nothing below: {error}"
+            if not faults.injected or self._plan is None:
+                raise AssertionError("closing failed, and nothing below") from error
+            if error.errno != self._plan.fault.errno:
+                raise AssertionError(f"closing failed with {error.errno}") from error
         else:
             self._closed_well = True
 
