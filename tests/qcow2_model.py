@@ -590,6 +590,7 @@ class Layout:
         bits = self.refcount_bits
         if bits >= 8:
             code = {8: "B", 16: "H", 32: "I", 64: "Q"}[bits]
+            block += bytes(-len(block) % (bits // 8))  # an image may end within an entry
             return list(struct.unpack(f">{len(block) * 8 // bits}{code}", block))
         return [byte >> shift & ((1 << bits) - 1) for byte in block for shift in range(0, 8, bits)]
 

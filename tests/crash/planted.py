@@ -18,6 +18,7 @@ from nbdserve.formats.qcow2.image import Image
 from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.qcow2.ordering import STAGE, What
 from nbdserve.formats.qcow2.quarantine import Quarantine
+from nbdserve.formats.qcow2.refcount import Refcounts
 from nbdserve.formats.qcow2.resolve import ClusterType
 from nbdserve.formats.qcow2.tables import Table
 
@@ -48,6 +49,18 @@ def at_stage(what: What, stage: int) -> Plant:
 
     plant.__name__ = f"{what.name.lower()}_at_stage_{stage}"
     return plant
+
+
+def new_l2_table_at_stage_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new L2 table is written together with what points to it; and where it goes nothing was
+    written before, which would be durable by then and do instead."""
+
+    async def reserve(self: Refcounts, clusters: Clusters) -> None:
+        pass
+
+    monkeypatch.setattr(Refcounts, "reserve_nowait", lambda self, clusters: True)
+    monkeypatch.setattr(Refcounts, "reserve", reserve)
+    at_stage(What.NEW_L2_TABLE, 2)(monkeypatch)
 
 
 def no_flush_for_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from qcow2_model import (
     COMPRESSED,
     OFFSET,
     Disk,
+    MemoryFile,
     Request,
     assert_sound,
     guest_bytes,
@@ -209,10 +210,9 @@ class _Race:
         """If the power went now and all were lost that was not flushed: the image would have leaks
         at most, and the range would read as what was answered before `begin` or came later."""
         image = self._node.image
-        log = image.file.writes
-        content, *others = state_at(log, len(log)).nothing_kept()
+        content = durable_bytes(image.file)
         assert_sound(content, leaks_allowed=True)
-        data = others[0] if image.data_file is not None else self._files.data
+        data = self._files.data if image.data_file is None else durable_bytes(image.data_file)
         disk = guest_bytes(content, self._files.backing or b"", data)
         interval = self._history.begin(name)
         interval.begin = begin
@@ -261,6 +261,11 @@ class _Race:
         judge.assert_idle()
         assert not judge.node.image.quarantine, "what was unlinked is not freed by two flushes"
         self._final = bytes(data)
+
+
+def durable_bytes(file: MemoryFile) -> bytes:
+    """What of a file was flushed, or written with FUA."""
+    return state_at(file.writes, len(file.writes)).nothing_kept()[0]
 
 
 def assert_closed(files: Files, node: Qcow2Node, final: bytes | None) -> bytes:
