@@ -326,7 +326,7 @@ def a_buffer_given_back_before_it_is_sent() -> Iterator[None]:
 
     def send_and_give(self: Connection) -> None:
         send(self)
-        self._return_buffers()
+        self._outbox._give_lent()
 
     with patch(Connection, "_send_replies", send_and_give):
         yield
