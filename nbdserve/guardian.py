@@ -9,7 +9,8 @@ the image next, QEMU included, finds all that was acknowledged.
 Laws:
 
 * The image stays locked until that is done. The guardian's descriptor is an open file description
-  of its own with the same image locks as the server's; both are released by `Ward.close`.
+  of its own with the same image locks as the server's; both are released by `Ward.close`. An image
+  without locks has no guardian: it would write to what the next server has changed.
 * Nothing is written while I/O of the dead server may be in flight. Requests of io_uring outlive
   their process for some time, and hold its file description; on that the server holds the lock of
   one more byte (`drivers/locks.py`), and the guardian waits until that is free.
@@ -54,10 +55,8 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 MAX_MESSAGE = 65536
 MAX_FDS = 3
 
-# Seconds between two looks at whether I/O of the server is still in flight; without locks there is
-# nothing to look at, and it is given a time in which disks answer.
+# Seconds between two looks at whether I/O of the server is still in flight.
 POLL = 0.005
-WITHOUT_LOCKS = 2.0
 
 
 class Ward:
@@ -172,7 +171,8 @@ def guardian(*, keep_stderr: bool = True) -> Iterator[Guardian | None]:
     finally:
         ours.close()
         if not server_end.nb_wards:  # else it waits for our end
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):  # SIGCHLD was ignored when we came
+                os.waitpid(pid, 0)
 
 
 def _run(sock: socket.socket, *, keep_stderr: bool) -> None:
@@ -188,7 +188,7 @@ def _run(sock: socket.socket, *, keep_stderr: bool) -> None:
         for stream in (0, 1) if keep_stderr else (0, 1, 2):
             os.dup2(nowhere, stream)
         os.closerange(3, sock.fileno())
-        os.closerange(sock.fileno() + 1, nowhere + 1)
+        os.closerange(sock.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
         wards = _listen(sock)
         for ward in wards.values():
@@ -256,11 +256,8 @@ class _Orphan:
                 os.close(fd)
 
     def _wait_for_io(self) -> None:
-        try:
-            while server_is_alive(self.files[0]):
-                time.sleep(POLL)
-        except OSError:
-            time.sleep(WITHOUT_LOCKS)
+        while server_is_alive(self.files[0]):
+            time.sleep(POLL)
 
     # --- the file to replay into -----------------------------------------------------------------
 

@@ -253,17 +253,15 @@ class Opener:
         return self._add(node, options, settings)
 
     def _watch(self, file: Node, data_file: Node | None, settings: Effective) -> RedoLog | None:
-        """Have the guardian take care of an image; None without one, or if the image is in the
-        disk of another image, which no guardian could write to."""
+        """Have the guardian take care of an image; None without one, or if the image or its data
+        file is in the disk of another image, which no guardian could write to."""
+        if self._guardian is None or _is_in_image(file) or _is_in_image(data_file):
+            return None
         offset, node = 0, file
         while not isinstance(node, FileNode):
             if isinstance(node, RawNode):
                 offset += node.offset
             node = node.children["file"]
-            if isinstance(node, Qcow2Node):
-                return None
-        if self._guardian is None:
-            return None
         ward = self._guardian.watch(
             node,
             None if data_file is None else _leaf(data_file),
@@ -397,6 +395,15 @@ def _leaf(node: Node) -> FileNode:
     while not isinstance(node, FileNode):
         node = node.children["file"]
     return node
+
+
+def _is_in_image(node: Node | None) -> bool:
+    """Whether a file is in the virtual disk of an image."""
+    while node is not None and not isinstance(node, FileNode):
+        if isinstance(node, Qcow2Node):
+            return True
+        node = node.children["file"]
+    return False
 
 
 def _is_disk(node: Node) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 
 import pytest
@@ -121,6 +122,31 @@ async def test_an_image_in_a_part_of_a_file(image, tmp_path, other):
     assert other.told()[0] == [{"forget": 1}]
 
 
+async def test_one_that_is_not_locked_is_not_watched(image, other, caplog):
+    """Nobody would wait for the guardian, who would write to what the next server has changed."""
+    text = f"driver=qcow2,file.filename={image},file.locking=off"
+    async with opened(other, ImageConfig("tree", options=parse_node(parse_image_opts(text)))):
+        assert other.told()[0] == []
+    assert "no guardian" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["file", "data-file"])
+async def test_one_in_the_disk_of_another_image_is_not_watched(tmp_path, other, place):
+    outer, inner = tmp_path / "outer", tmp_path / "inner"
+    create_image(str(inner), 4 * MIB)
+    data = "" if place == "file" else str(tmp_path / "data")
+    create_image(str(outer), MIB, data_file=data or None)
+    text = f"driver=qcow2,file.driver=qcow2,file.file.filename={inner}"
+    if place == "file":
+        async with open_backend(config(inner)) as backend:
+            await backend.write(0, outer.read_bytes())
+    else:
+        text = f"driver=qcow2,file.filename={outer},data-file.driver=qcow2"
+        text += f",data-file.file.filename={inner}"
+    async with opened(other, ImageConfig("tree", options=parse_node(parse_image_opts(text)))):
+        assert [message["filename"] for message in other.told()[0]] == [str(inner)]
+
+
 async def test_one_that_is_refused_is_forgotten(image, other):
     content = bytearray(image.read_bytes())
     content[79] |= 1  # the dirty bit
@@ -156,6 +182,15 @@ async def test_what_cannot_be_watched_is_served_all_the_same(
     assert "no guardian (Function not implemented)" in caplog.text
     async with open_backend(config(image)):
         pass  # nothing of the locks is left
+
+
+def test_who_ignores_the_end_of_children_stops_in_order(monkeypatch):
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with guardian() as ours:
+            assert ours is not None
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def test_without_processes_the_server_goes_on(monkeypatch, caplog):
@@ -291,19 +326,6 @@ def test_it_waits_for_io_of_the_dead(file, monkeypatch):
     monkeypatch.setattr(guardian_module.time, "sleep", sleep)
     left.rescue()
     assert pauses == [guardian_module.POLL] * 3
-    assert file.read_bytes() != b"\xee" * 4096
-
-
-def test_where_there_are_no_locks_it_gives_io_some_time(file, monkeypatch):
-    pauses = []
-
-    def unknown(fd):
-        raise OSError(22, "no such locks")
-
-    monkeypatch.setattr(guardian_module, "server_is_alive", unknown)
-    monkeypatch.setattr(guardian_module.time, "sleep", pauses.append)
-    orphan(file).rescue()
-    assert pauses == [guardian_module.WITHOUT_LOCKS]
     assert file.read_bytes() != b"\xee" * 4096
 
 

@@ -31,7 +31,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "CAPACITY",
@@ -51,6 +51,7 @@ CAPACITY = 1 << 18  # records: 4 MiB of memory once all have been used
 LOW = CAPACITY // 4  # records: room for what happens between two looks at `low`
 
 HEAD, TAIL, GAP = range(3)  # words of the first page
+STOPPED = 2  # a GAP for good
 FIRST = mmap.PAGESIZE // 8
 
 PUT, CLEAR, REACHED = range(3)
@@ -104,14 +105,30 @@ class RedoLog:
         """Enter a record; `word` is by `encode`."""
         head = self._head
         if head == self._end:
-            self._full = True
-            self._words[GAP] = 1
+            self._overflow()
             return
         words = self._words
         at = FIRST + 2 * (head % CAPACITY)
         words[at] = word
         words[at + 1] = value
         self._head = words[HEAD] = head + 1  # last: a record counts once it is whole
+
+    def append_all(self, records: Sequence[tuple[int, int]]) -> None:
+        """Enter several records that count together or not at all."""
+        if self._end - self._head < len(records):
+            self._overflow()
+            return
+        words = self._words
+        for number, (word, value) in enumerate(records, self._head):
+            at = FIRST + 2 * (number % CAPACITY)
+            words[at] = word
+            words[at + 1] = value
+        self._head = words[HEAD] = self._head + len(records)
+
+    def _overflow(self) -> None:
+        self._full = True
+        if not self._words[GAP]:
+            self._words[GAP] = 1
 
     def mark(self) -> int:
         """The position of what comes next; everything before is in the snapshot being taken."""
@@ -124,7 +141,7 @@ class RedoLog:
     def drop(self, mark: int) -> None:
         """Everything before the mark has been written."""
         self._drop(mark)
-        if not self._full:
+        if not self._full and self._words[GAP] != STOPPED:
             self._words[GAP] = 0
 
     def _drop(self, position: int) -> None:
@@ -133,7 +150,7 @@ class RedoLog:
 
     def stop(self) -> None:
         """What is in the log shall never be replayed: the image was found damaged."""
-        self._words[GAP] = 1
+        self._words[GAP] = STOPPED
         self._end = self._head
         self._full = True
 

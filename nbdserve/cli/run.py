@@ -26,6 +26,7 @@ def run_server(config: ServeConfig, announcement: Callable[[Ready], str], *, for
     :param announcement: what to print on stdout once clients are accepted; "" for nothing.
     :param fork: do it in the background; the caller's process exits once that is ready.
     """
+    _occupy_standard_streams()
     logging.basicConfig(
         level=logging.DEBUG if config.verbose else logging.WARNING, format="nbdserve: %(message)s"
     )
@@ -58,6 +59,13 @@ def _run(
         await serve(config, on_ready=on_ready, guardian=our_guardian)
 
     trio.run(run)
+
+
+def _occupy_standard_streams() -> None:
+    """Nothing of ours shall be opened in the place of one that is closed: a daemon replaces it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
 
 
 def _with_absolute_paths(config: ServeConfig) -> ServeConfig:

@@ -177,19 +177,19 @@ class ImageLock:
     def twin(self, fd: int) -> ImageLock:
         """Hold the same locks on another open file description of the file, for a guardian.
 
-        :raises ImageError: the file system refuses the locks. (Without any, as with locking=off,
-            it may.)
+        :raises ImageError: there are none to hold, so nobody would wait for the guardian; or the
+            file system refuses them.
         """
+        if not self._held:
+            raise ImageError(f"{self._filename}: it is not locked")
         twin = ImageLock(fd, self._filename)
-        if ofd_locks_available():
-            try:
-                for byte in (*sorted(self._held), GUARDIAN_BYTE):
-                    twin._lock(byte)
-                self._lock(SERVER_BYTE)
-            except BaseException as error:
-                twin.release()
-                if self._held or not isinstance(error, ImageError):
-                    raise
+        try:
+            for byte in (*sorted(self._held), GUARDIAN_BYTE):
+                twin._lock(byte)
+            self._lock(SERVER_BYTE)
+        except BaseException:
+            twin.release()
+            raise
         return twin
 
     def release(self) -> None:

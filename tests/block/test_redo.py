@@ -131,6 +131,19 @@ def test_once_stopped_it_is_never_replayed(log):
     put(log, 8, 2)
     assert values(log) == []
     assert log.low
+    log.drop(log.mark())  # a write-back that was waiting meanwhile
+    put(log, 8, 3)
+    assert values(log) == []
+
+
+def test_several_records_count_together_or_not_at_all(log):
+    log.append_all([(encode(PUT, 1, 1, 48), 7), (encode(PUT, 1, 1, 49), 8)])
+    assert values(log) == [7, 8]
+    for number in range(redo.CAPACITY - 3):
+        put(log, 8, number)
+    log.append_all([(encode(PUT, 1, 1, 48), 7), (encode(PUT, 1, 1, 49), 8)])
+    assert len(log) == redo.CAPACITY - 1
+    assert values(log) == []  # a gap
 
 
 def test_stages_are_written_in_order_each_after_a_flush():

@@ -448,21 +448,28 @@ def test_a_guardian_is_named_when_it_is_alone(raw):
             other.acquire(*PERMISSIONS[Role.FORMAT_RW])
 
 
-def test_a_twin_of_who_holds_nothing(raw, monkeypatch):
-    """locking=off: the file system may refuse locks, and need not be asked for any."""
+def test_there_is_no_twin_of_who_holds_nothing(raw):
     with locked(raw) as lock, locked(raw) as other:
-        twin = lock.twin(other._fd)
-        assert locks.server_is_alive(other._fd)
-        twin.release()
-        lock.release()
-        refuse = OSError(errno.EINVAL, "no")
+        with pytest.raises(ImageError, match="not locked"):
+            lock.twin(other._fd)
+        assert bytes_locked(raw) == set()
 
-        def refusing(*_):
-            raise refuse
 
+def test_a_twin_that_is_refused_leaves_nothing(raw, monkeypatch):
+    really = locks._set_lock
+
+    def refusing(fd, byte, kind):
+        if byte == locks.GUARDIAN_BYTE and kind != fcntl.F_UNLCK:
+            raise OSError(errno.ENOLCK, "no")
+        really(fd, byte, kind)
+
+    with locked(raw, Role.FORMAT_RW) as lock, locked(raw) as other:
+        before = bytes_locked(raw)
         monkeypatch.setattr(locks, "_set_lock", refusing)
-        lock.twin(other._fd)
-        assert not locks.server_is_alive(other._fd)
+        with pytest.raises(ImageError, match="cannot lock"):
+            lock.twin(other._fd)
+        lock.release()
+        assert bytes_locked(raw) == set() != before
 
 
 @pytest.mark.usefixtures("kernel_without_ofd_locks")

@@ -202,6 +202,8 @@ class Qcow2Node(Node):
         self._flush_lock = trio.Lock()
         self._flushes = 0  # begun
         self._flushed = 0  # number of the last that succeeded
+        self._reliefs = 0  # the same of `relieve`
+        self._relieved = 0
         self._release_lock = trio.Lock()
 
     def wire(self, sizes: CacheSizes) -> None:
@@ -364,9 +366,12 @@ class Qcow2Node(Node):
     async def relieve(self) -> None:
         """A cache is full of dirty tables (reads of a broken image go on: it grows), or the redo
         log of changes."""
-        if self.image.broken is None:
-            async with self._flush_lock:
+        covering = self._reliefs + 1  # as in `flush`
+        async with self._flush_lock:
+            if self._relieved < covering and self.image.broken is None:
+                self._reliefs = number = self._reliefs + 1
                 await write_back(self.image)
+                self._relieved = number
 
     async def _release(self) -> None:
         """Free what has left quarantine, and give its room in the file back."""

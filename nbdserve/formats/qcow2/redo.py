@@ -76,11 +76,15 @@ class Redo:
         return table
 
     def moved(self, table: Table, nb_clusters: int) -> None:
-        """The refcount table is in another place now, which the header has to say."""
+        """The refcount table is in another place now, all of it, which the header has to say."""
         if self._log is not None:
             update = refcount_table_update(table.host_offset, nb_clusters)
-            for offset, byte in enumerate(update.data, update.offset):
-                self._log.append(encode(PUT, STAGE[What.HEADER], 1, offset), byte)
+            self._log.append_all(
+                [
+                    (encode(PUT, STAGE[What.HEADER], 1, offset), byte)
+                    for offset, byte in enumerate(update.data, update.offset)
+                ]
+            )
 
     def begin_write_back(self) -> int:
         """What is dirty is being snapshotted; the result is for `written_back`."""

@@ -271,10 +271,10 @@ class Refcounts:
         )
         self._redo.watch(block, REFCOUNT_BLOCK)
         self.blocks.add(index, block)
-        self.table.set(index, block.host_offset)
         self._metadata.add(block.host_offset)
         if cluster >> geometry.block_bits == index:
             block.set(cluster & (geometry.block_entries - 1), 1)
+        self.table.set(index, block.host_offset)  # last: the process may die in between
         return block
 
     def _larger_table(self) -> tuple[int, int, int, int]:
@@ -311,7 +311,6 @@ class Refcounts:
         entries = old.entries[:]
         entries.extend([0] * (nb_clusters * geometry.l2_entries - len(entries)))
         self.table = self._redo.watch(Table(entries, host_offset, fresh=True), REFCOUNT_TABLE)
-        self._redo.moved(self.table, nb_clusters)
         self.moved_from.append((old.host_offset, geometry.clusters(old.nb_bytes)))
         self.allocated += nb_clusters
         for cluster in range(start, start + nb_clusters):
@@ -323,6 +322,7 @@ class Refcounts:
             for cluster in range(max(low, start), min(low + geometry.block_entries, end)):
                 block.set(cluster - low, 1)
         self._end = end
+        self._redo.moved(self.table, nb_clusters)  # last: as above
 
     async def load_block(self, index: int) -> Table:
         """Read one refcount block (the cache's loader). Raises CorruptImage."""

@@ -45,6 +45,7 @@ SOAK = os.environ.get("NBDSERVE_SOAK") == "1"
 CLUSTER = 512
 SIZE = 96 * 1024
 DEATHS = 12  # of each program
+HEADER_TABLE_OFFSET = 48  # where the header says where the refcount table is
 
 
 @cache
@@ -234,6 +235,26 @@ def test_the_refcount_table_has_moved(tmp_path, patience):
         for _ in range(10):
             image = power_cut(initial, file, death, after, chooser)
             assert_sound(image, leaks_allowed=True)
+
+
+def test_a_death_between_two_records(tmp_path):
+    """Nothing was written back in this program, so all that was entered up to some record is what a
+    death right after it leaves."""
+    _, _, deaths = trio.run(grow, tmp_path, 0)
+    death = deaths[-1]
+    made = [
+        number
+        for number, record in enumerate(death.records)
+        if record.action == CLEAR or record.offset == HEADER_TABLE_OFFSET
+    ]
+    assert len(made) > 10
+    for number in made[-30:]:
+        for length in range(number, min(number + 14, len(death.records))):
+            if death.records[length].offset in range(HEADER_TABLE_OFFSET + 1, 60):
+                continue  # the header's fields were entered together
+            after = Replayed(death.content)
+            replay(death.records[:length], after)
+            assert_sound(after.content, leaks_allowed=True)
 
 
 async def test_a_copied_table_is_in_the_log(tmp_path):
