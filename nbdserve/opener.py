@@ -35,7 +35,8 @@ from nbdserve.drivers.open import open_file
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
-from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
+from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
+from nbdserve.formats.qcow2.open import open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
 from nbdserve.imageopts import options_of_name, shown
 from nbdserve.inherit import ChildRole, child_settings

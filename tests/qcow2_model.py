@@ -28,7 +28,8 @@ from nbdserve.block.epoch import Epochs
 from nbdserve.block.node import Extent, Leaf, Node
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.formats.qcow2.create import create_image
-from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
+from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
+from nbdserve.formats.qcow2.open import open_qcow2, read_header
 from nbdserve.testing.writelog import CHANGES, Kind, WriteLog, change
 
 if TYPE_CHECKING:

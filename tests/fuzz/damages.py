@@ -23,7 +23,7 @@ from fuzz import loop
 from fuzz.image import ImageFile, open_node
 from fuzz.qcow2 import BITMAPS, build
 from nbdserve.errors import ImageError
-from nbdserve.formats.qcow2.node import read_header
+from nbdserve.formats.qcow2.open import read_header
 from qcow2_model import COMPRESSED, COPIED
 
 if TYPE_CHECKING:

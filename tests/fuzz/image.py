@@ -22,7 +22,7 @@ from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.block.node import Buffer, Extent, Leaf
 from nbdserve.errors import ImageError
-from nbdserve.formats.qcow2.node import open_qcow2, read_header
+from nbdserve.formats.qcow2.open import open_qcow2, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

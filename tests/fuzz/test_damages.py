@@ -20,7 +20,7 @@ from nbdserve.config import ImageConfig
 from nbdserve.errors import ImageError
 from nbdserve.formats.qcow2.compressed import Decompressor
 from nbdserve.formats.qcow2.consistency import _check_region
-from nbdserve.formats.qcow2.node import read_header
+from nbdserve.formats.qcow2.open import read_header
 from nbdserve.graph import open_backend
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ import trio
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.formats.qcow2 import node as node_module
-from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node, open_qcow2, read_header
+from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
+from nbdserve.formats.qcow2.open import open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
 from qcow2_model import COMPRESSED, MemoryFile, guest_bytes, new_image, pattern
 

@@ -7,7 +7,7 @@ from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.drivers.open import open_file
 from nbdserve.engines.threads import ThreadsEngine
-from nbdserve.formats.qcow2.node import open_qcow2, read_header
+from nbdserve.formats.qcow2.open import open_qcow2, read_header
 from nbdserve.testing.logged import log_writes
 from nbdserve.testing.powercut import all_cuts
 from nbdserve.testing.writelog import Kind, WriteLog

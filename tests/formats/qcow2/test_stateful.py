@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import peers
 from nbdserve.config import ImageConfig
-from nbdserve.formats.qcow2 import node as node_module
+from nbdserve.formats.qcow2 import open as open_module
 from nbdserve.formats.qcow2.create import create_image
 from nbdserve.formats.qcow2.node import CacheSizes
 from nbdserve.graph import open_backend
@@ -270,7 +270,7 @@ def run_program(kind: Kind, program) -> None:
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=FOLDER)))
         stack.enter_context(
-            mock.patch.object(node_module, "CacheSizes", return_value=kind.cache_sizes)
+            mock.patch.object(open_module, "CacheSizes", return_value=kind.cache_sizes)
         )
         path, content = make(kind, folder)
         disk = Disk(content, kind.cluster_size, discards=kind.discards)
