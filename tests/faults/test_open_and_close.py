@@ -1,7 +1,8 @@
 """Each operation on the files fails while an image is opened, and while it is closed.
 
 An image that cannot be opened is refused with an error that names a file, is not changed, and
-leaves no descriptor behind; closing reports what it could not do, and lets go of everything all the same.
+leaves no descriptor behind; closing reports what it could not do, and lets go of everything all the
+same.
 """
 
 import errno
