@@ -12,7 +12,8 @@ kernel tells of an earlier write that it could not write back once to each open 
 what they are told is told the next flush all the same.
 
 Past the end of the file everything reads as zeroes. The end (`length`) moves only by our own
-writes: the image locks keep others away.
+writes: the image locks keep others away. If somebody cuts the file all the same, what is gone
+reads as an error; QEMU makes zeroes of it.
 
 After block/file-posix.c of QEMU: raw_co_prw, raw_co_flush_to_disk, raw_do_pdiscard,
 raw_co_pwrite_zeroes, raw_co_block_status.
@@ -32,7 +33,7 @@ from nbdserve.block.units import align_up
 from nbdserve.drivers.locks import ImageLock
 from nbdserve.engines import syscalls
 from nbdserve.engines.engine import completion
-from nbdserve.engines.transfer import write_all
+from nbdserve.engines.transfer import at_end, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,6 +96,15 @@ class FileNode(Leaf):
         self._would_block = 0
         self._dsync_fd: int | None = None
         self._has_dsync = True
+        at_end[self.fd] = self._met_end
+
+    def _met_end(self, offset: int) -> None:
+        """A read met the end of the file there."""
+        if offset < self.length:
+            raise OSError(
+                errno.EIO,
+                f"{self.filename}: ends at byte {offset} of {self.length}: somebody has cut it",
+            )
 
     def lock(self, permissions: Permission, shared: Permission) -> None:
         """Take the image lock. Raises ImageError, LockedError.
@@ -345,6 +355,7 @@ class FileNode(Leaf):
             try:
                 self._lock.release()
             finally:
+                at_end.pop(self.fd, None)
                 os.close(self.fd)
 
     def statistics(self) -> dict[str, object]:

@@ -25,7 +25,7 @@ import trio
 from nbdserve.engines.engine import EngineStatistics
 from nbdserve.engines.memory import address_of
 from nbdserve.engines.threads import ThreadsEngine
-from nbdserve.engines.transfer import IOV_MAX, rest_of
+from nbdserve.engines.transfer import IOV_MAX, fill_past_end, rest_of
 
 if TYPE_CHECKING:
     import ctypes
@@ -236,14 +236,21 @@ class KernelQueue(ABC):
         elif result == 0 or (result == -errno.EINVAL and request.progress):
             # At an end of file that is not aligned O_DIRECT cannot go on: EINVAL.
             (rest,) = request.data
-            memoryview(rest)[:] = bytes(request.length)
-            self._finish(request, 0)
+            try:
+                fill_past_end(request.fd, memoryview(rest), request.offset)
+            except OSError as error:
+                self._end(request, error)
+            else:
+                self._end(request, None)
         else:
             self._finish(request, -result)
 
     def _finish(self, request: Request, error: int) -> None:
+        self._end(request, OSError(error, os.strerror(error)) if error else None)
+
+    def _end(self, request: Request, error: OSError | None) -> None:
         self._in_flight -= 1
-        request.done(OSError(error, os.strerror(error)) if error else None)
+        request.done(error)
         if not self._in_flight:
             self._all_done.unpark_all()
 

@@ -1,5 +1,9 @@
 """Whole reads and writes by blocking calls: short ones are continued.
 
+A read that meets the end of the file is filled up with zeroes, unless the file is known to be
+longer: then somebody has cut it, and zeroes would be made up. Who knows has put a function into
+`at_end`.
+
 What O_DIRECT adds: a read that stopped at an end of file which is not aligned cannot go on from
 there, the kernel says EINVAL. After a part was read that means the end (as QEMU takes it,
 handle_aiocb_rw_linear).
@@ -12,14 +16,27 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from nbdserve.engines.engine import Buffer
 
-__all__ = ["IOV_MAX", "read_all", "rest_of", "write_all"]
+__all__ = ["IOV_MAX", "at_end", "fill_past_end", "read_all", "rest_of", "write_all"]
 
 # The most buffers that one pwritev takes; it refuses more with EINVAL.
 IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+# By descriptor: called, from any thread, with the offset at which a read met the end of the file;
+# raises OSError if there must be more.
+at_end: dict[int, Callable[[int], None]] = {}
+
+
+def fill_past_end(fd: int, rest: memoryview, offset: int) -> None:
+    """The file ends at `offset`: what is left of a read is zeroes. Raises OSError if it is not."""
+    check = at_end.get(fd)
+    if check is not None:
+        check(offset)
+    rest[:] = bytes(len(rest))
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> None:
@@ -33,7 +50,7 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> None:
                 raise
             done = 0
         if not done:
-            buffer[:] = bytes(len(buffer))
+            fill_past_end(fd, buffer, offset)
             return
         progress = True
         buffer = buffer[done:]

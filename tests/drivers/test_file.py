@@ -222,13 +222,21 @@ async def test_the_slow_way_goes_on_after_short_reads(path, open_node, monkeypat
     assert data == path.read_bytes()[14 * BLOCK :] + bytes(BLOCK)
 
 
-async def test_a_file_that_somebody_cut_reads_as_zeroes_and_ends(path, open_node):
+async def test_what_somebody_cut_off_a_file_is_an_error_and_not_zeroes(path, open_node):
     node = open_node(path)
-    os.truncate(path, 100)
+    content = path.read_bytes()
+    os.truncate(path, 600)
     data = buffer(512)
-    assert node.read_nowait(0, data) is False
     await node.read(0, data)
-    assert bytes(data[100:]) == bytes(412)
+    assert bytes(data) == content[:512]
+    assert node.read_nowait(512, data) is False
+    with pytest.raises(OSError, match=f"{path}: ends at byte 600 of {len(content)}") as caught:
+        await node.read(512, data)
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(OSError, match="somebody has cut it"):
+        await node.read(4096, data)
+    await node.read(len(content), data)  # where there never was anything
+    assert bytes(data) == bytes(512)
 
 
 async def test_a_file_system_that_cannot_say_whether_it_would_wait(path, open_node, monkeypatch):
