@@ -18,6 +18,7 @@ qemu-nbd        qemu-utils
 nbdkit          nbdkit
 nbdinfo         libnbd-bin
 nbdcopy         libnbd-bin
+nbdfuse         libnbd-bin
 python3-libnbd  python3-libnbd
 nbd-client      nbd-client
 fio             fio
