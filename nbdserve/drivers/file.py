@@ -99,8 +99,12 @@ class FileNode(Leaf):
         at_end[self.fd] = self._met_end
 
     def _met_end(self, offset: int) -> None:
-        """A read met the end of the file there."""
-        if offset < self.length:
+        """A read met the end of the file there.
+
+        Our own write may have moved it since: what lies behind it then was not there to be read.
+        `length` is looked at first, as it follows the file.
+        """
+        if offset < self.length and (self.is_device or os.fstat(self.fd).st_size <= offset):
             raise OSError(
                 errno.EIO,
                 f"{self.filename}: ends at byte {offset} of {self.length}: somebody has cut it",

@@ -1066,3 +1066,22 @@ async def test_fast_zeroes_on_a_device_never_let_the_kernel_write_them(
     await node.write_zeroes(0, BLOCK, may_unmap=may_unmap)
     assert calls[-1] == "zero_range"  # who can wait is served all the same
     await node.close()
+
+
+async def test_a_read_that_meets_the_end_while_our_write_moves_it_is_zeroes(
+    path, open_node, monkeypatch
+):
+    node = open_node(path)
+    end = node.length
+    really = os.preadv
+
+    def preadv(fd, buffers, offset, *flags):
+        done = really(fd, buffers, offset, *flags)
+        if not done and node.length == end:  # another request, done before the end is looked at
+            assert node.write_nowait(end + 8 * BLOCK, b"w" * BLOCK)
+        return done
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    data = buffer(BLOCK)
+    await node.read(end, data)
+    assert bytes(data) == bytes(BLOCK)
