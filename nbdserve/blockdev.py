@@ -14,11 +14,13 @@ block/qcow2.c, block/raw-format.c, block/file-posix.c and block/throttle.c.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from nbdserve.block.filter import find_filter
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.imageopts import Options, children_of, options_of_name
 from nbdserve.units import parse_size
@@ -26,6 +28,7 @@ from nbdserve.units import parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from nbdserve.block.filter import FilterNode
     from nbdserve.imageopts import Scalar
 
 __all__ = [
@@ -34,9 +37,11 @@ __all__ = [
     "DISCARD_MODES",
     "FORMATS",
     "Aio",
+    "CustomOptions",
     "DetectZeroes",
     "Discard",
     "FileOptions",
+    "FilterOptions",
     "NodeOptions",
     "ProbedOptions",
     "Qcow2Options",
@@ -137,11 +142,25 @@ class Qcow2Options(NodeOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThrottleOptions(NodeOptions):
-    """The filter that limits what passes, by the limits of a group."""
+class FilterOptions(NodeOptions):
+    """A filter, which stands on `file` and may be above a format or below one."""
 
     file: NodeOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrottleOptions(FilterOptions):
+    """The filter that limits what passes, by the limits of a group."""
+
     group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomOptions(FilterOptions):
+    """A filter of a user's own: its class, and the arguments that it is called with."""
+
+    kind: type[FilterNode]
+    arguments: dict[str, Scalar]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +226,8 @@ def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOp
     driver = reader.text("driver")
     if driver in FILE_DRIVERS or (driver is None and is_child):
         return _file(reader, FILE_DRIVERS[driver] if driver else None)
-    if driver is not None and driver not in PARENTS:
+    custom = None if driver is None or driver in PARENTS else find_filter(driver)
+    if driver is not None and driver not in PARENTS and custom is None:
         known = ", ".join([*PARENTS, *FILE_DRIVERS])
         raise ConfigError(f"{path}driver: unknown driver {driver!r}; known are {known}")
     below = reader.child("file")
@@ -215,6 +235,8 @@ def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOp
         alternative = f"{path}driver or " if driver is None else ""
         raise ConfigError(f"{alternative}{path}file.filename must be given")
     file = _node(below, f"{path}file.", is_child=True)
+    if custom is not None:
+        return _custom(reader, file, custom)
     if driver is not None:
         return PARENTS[driver](reader, file)
     rest = reader.left()
@@ -281,6 +303,16 @@ def _throttle(reader: _Reader, file: NodeOptions) -> ThrottleOptions:
     if not group:
         raise ConfigError(f"{reader.path}throttle-group must be given")
     return reader.finish(ThrottleOptions, "throttle", file=file, group=group)
+
+
+def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:
+    common = reader.common()
+    arguments = {key.replace("-", "_"): value for key, value in reader.left().items()}
+    try:
+        inspect.signature(kind).bind(None, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"{reader.path}driver={kind.driver}: {error}") from None
+    return CustomOptions(file=file, kind=kind, arguments=arguments, **common)
 
 
 FILE_DRIVERS: dict[str, FileDriver] = {"file": "file", "host_device": "host_device"}

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
+from nbdserve.block.filter import FilterNode
 from nbdserve.blockdev import (
+    CustomOptions,
     FileOptions,
+    FilterOptions,
     ProbedOptions,
     Qcow2Options,
     RawOptions,
@@ -59,8 +62,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_NODES", "NodeNames", "Opener"]
 
 N = TypeVar("N", bound="Node")
-Parent = ProbedOptions | Qcow2Options | RawOptions | ThrottleOptions
-PARENTS = (ProbedOptions, Qcow2Options, RawOptions, ThrottleOptions)
+Parent = ProbedOptions | Qcow2Options | RawOptions | FilterOptions
+PARENTS = (ProbedOptions, Qcow2Options, RawOptions, FilterOptions)
 
 log = logging.getLogger("nbdserve.graph")
 
@@ -213,14 +216,23 @@ class Opener:
         node = RawNode(file, offset=offset, size=size, guarded=guarded)
         return self._add(node, options, settings)
 
-    async def _open_throttle(
-        self, options: ThrottleOptions, settings: Effective, place: Place, probed: FileNode | None
+    async def _open_filter(
+        self, options: FilterOptions, settings: Effective, place: Place, probed: FileNode | None
     ) -> Node:
         file = await self._file(options, settings, place.file(place.use, settings), probed)
+        return self._add(FILTERS[type(options)](self, file, options, place.path), options, settings)
+
+    def _throttle(self, file: Node, options: ThrottleOptions, path: str) -> ThrottleNode:
         member = self._groups.join_existing(options.group)
         if member is None:
-            raise ConfigError(f"{place.path}throttle-group: there is no group {options.group!r}")
-        return self._add(ThrottleNode(file, member), options, settings)
+            raise ConfigError(f"{path}throttle-group: there is no group {options.group!r}")
+        return ThrottleNode(file, member)
+
+    def _custom(self, file: Node, options: CustomOptions, path: str) -> FilterNode:
+        try:
+            return options.kind(file, **options.arguments)
+        except ValueError as error:
+            raise ConfigError(f"{path}driver={options.kind.driver}: {error}") from None
 
     async def _open_qcow2(
         self, options: Qcow2Options, settings: Effective, place: Place, probed: FileNode | None
@@ -377,10 +389,17 @@ class Opener:
 DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
     Qcow2Options: Opener._open_qcow2,
     RawOptions: Opener._open_raw,
-    ThrottleOptions: Opener._open_throttle,
+    ThrottleOptions: Opener._open_filter,
+    CustomOptions: Opener._open_filter,
 }
 """What opens each kind of node but files: (opener, options, settings, place, file that was probed,
 and so is open)."""
+
+FILTERS: dict[type[FilterOptions], Callable[..., FilterNode]] = {
+    ThrottleOptions: Opener._throttle,
+    CustomOptions: Opener._custom,
+}
+"""What makes each kind of filter: (opener, its child, options, what stands before their names)."""
 
 
 def _leaf_name(options: NodeOptions) -> str:
@@ -410,6 +429,6 @@ def _is_in_image(node: Node | None) -> bool:
 def _is_disk(node: Node) -> bool:
     """Whether it is a guest's disk, which nothing may be written behind, and which does not look
     where a request ends. Files grow, and windows on a disk look."""
-    while isinstance(node, ThrottleNode):
+    while isinstance(node, FilterNode):
         node = node.children["file"]
     return isinstance(node, Qcow2Node)

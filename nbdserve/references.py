@@ -7,6 +7,9 @@ leaves it at that and so do we by default; those who take images from strangers 
 beforehand (OpenStack: CVE-2015-5163, CVE-2024-32498). Here the user can have that, or say in which
 folder the files must be.
 
+It can put nothing into a tree but what QEMU puts there: filters that fail, lose or record what
+passes, and those of users' own, are for users to name.
+
 Law: every name from within an image passes here once, where it comes out of a header and before
 anything is opened; nothing that the user has named does. So options that go in place of an image's
 name, such as ``backing.file.filename``, are how to allow what is refused.
@@ -32,6 +35,9 @@ __all__ = ["ANY_FILE", "NO_FILE", "References"]
 
 OPTION = "--image-refs"
 
+DRIVERS = frozenset({"file", "host_device", "qcow2", "raw", "throttle"})
+"""Those that a name from within an image may ask for."""
+
 
 @dataclass(frozen=True, slots=True)
 class References:
@@ -48,8 +54,13 @@ class References:
         for key, value in options.items():
             # The one option of drivers that names a file (blockdev.py, where other types than
             # strings are refused).
-            if key.rpartition(".")[2] == "filename" and isinstance(value, str):
+            name = key.rpartition(".")[2]
+            if name == "filename" and isinstance(value, str):
                 self._check_file(value)
+            elif name == "driver" and isinstance(value, str) and value not in DRIVERS:
+                raise ImageError(
+                    f"{key}: no image may ask for the driver {shown(value)!r}", errno.EPERM
+                )
 
     def _check_file(self, filename: str) -> None:
         if not self.allowed:

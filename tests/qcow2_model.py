@@ -30,7 +30,7 @@ from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.formats.qcow2.create import create_image
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
 from nbdserve.formats.qcow2.open import open_qcow2, read_header
-from nbdserve.testing.writelog import CHANGES, Kind, WriteLog, change
+from nbdserve.powercut.writelog import CHANGES, Kind, WriteLog, change
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

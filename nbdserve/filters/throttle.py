@@ -15,40 +15,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbdserve.block.node import Node
+from nbdserve.block.filter import FilterNode
 from nbdserve.block.run import READ, WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from nbdserve.block.node import Buffer, Extent
+    from nbdserve.block.node import Buffer, Node
     from nbdserve.block.run import Op
     from nbdserve.filters.throttle_group import ThrottleMember
 
 __all__ = ["ThrottleNode"]
 
 
-class ThrottleNode(Node):
+class ThrottleNode(FilterNode):
     """A child behind the limits of a throttle group."""
 
-    is_filter = True
     driver = "throttle"
 
     def __init__(self, file: Node, member: ThrottleMember) -> None:
         """`member` is this node's own: it leaves its group when the node is closed."""
-        super().__init__(
-            file.filename, file.size, read_only=file.read_only, no_flush=file.no_flush
-        )
-        self._file = file
+        super().__init__(file)
         self._member = member
-
-    @property
-    def children(self) -> Mapping[str, Node]:
-        return {"file": self._file}
-
-    @property
-    def cluster_size(self) -> int:
-        return self._file.cluster_size
 
     async def _admit(self, op: Op, nb_bytes: int) -> None:
         if self._member.admit_nowait(op, nb_bytes):
@@ -61,41 +49,35 @@ class ThrottleNode(Node):
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         await self._admit(READ, len(buffer))
-        await self._file.read(offset, buffer)
+        await self.file.read(offset, buffer)
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self._admit(WRITE, len(data))
-        await self._file.write(offset, data)
+        await self.file.write(offset, data)
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
         await self._admit(WRITE, len(data))
-        return await self._file.write_fua(offset, data)
+        return await self.file.write_fua(offset, data)
 
     async def writev(self, offset: int, data: Sequence[Buffer]) -> None:
         await self._admit(WRITE, sum(len(piece) for piece in data))
-        await self._file.writev(offset, data)
+        await self.file.writev(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
         await self._admit(WRITE, length)
-        await self._file.write_zeroes(offset, length, may_unmap=may_unmap, fallback=fallback)
+        await self.file.write_zeroes(offset, length, may_unmap=may_unmap, fallback=fallback)
 
     async def discard(self, offset: int, length: int) -> None:
         await self._admit(WRITE, length)
-        await self._file.discard(offset, length)
-
-    async def block_status(self, offset: int, length: int) -> list[Extent]:
-        return await self._file.block_status(offset, length)
+        await self.file.discard(offset, length)
 
     def flush_nowait(self) -> bool:
-        return self._file.flush_nowait()
+        return self.file.flush_nowait()
 
     def submit_flush(self, done: Callable[[OSError | None], None]) -> bool:
-        return self._file.submit_flush(done)
-
-    async def flush(self) -> None:
-        await self._file.flush()
+        return self.file.submit_flush(done)
 
     def drain_begin(self) -> None:
         self._member.drain_begin()

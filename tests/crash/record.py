@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crash.plans import Image, Plan
-    from nbdserve.testing.writelog import WriteLog
+    from nbdserve.powercut.writelog import WriteLog
 
 __all__ = ["History", "record"]
 

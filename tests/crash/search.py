@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from crash.plans import draw_plan
 from crash.promises import Judge, assert_qemu_agrees, works_again
 from crash.record import record
-from nbdserve.testing.powercut import Cut, all_cuts, digest, nb_stretches, state_at
+from nbdserve.powercut.outcomes import Cut, all_cuts, digest, nb_stretches, state_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ from crash.search import search
 from nbdserve.config import CACHE_MODES
 from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.formats.qcow2.ordering import What
-from nbdserve.testing.powercut import all_cuts
-from nbdserve.testing.writelog import CHANGES
+from nbdserve.powercut.outcomes import all_cuts
+from nbdserve.powercut.writelog import CHANGES
 from qcow2_model import Request
 
 NB_PLANS = 20  # of each mode

@@ -7,7 +7,7 @@ from crash.plans import Image, Plan
 from crash.promises import assert_qemu_says_sound
 from crash.record import record
 from crash.scratch import scratch
-from nbdserve.testing.writelog import WriteLog
+from nbdserve.powercut.writelog import WriteLog
 from qcow2_model import (
     COPIED,
     OFFSET,

@@ -13,7 +13,7 @@ import os
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from typing import TYPE_CHECKING, NamedTuple
 
-from nbdserve.testing.writelog import Kind
+from nbdserve.powercut.writelog import Kind
 from qcow2_model import MemoryFile
 
 if TYPE_CHECKING:

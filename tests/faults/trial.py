@@ -27,7 +27,7 @@ from faults.programs import Program, content_of, empty, with_compressed
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.formats.raw import RawNode
-from nbdserve.testing.powercut import state_at
+from nbdserve.powercut.outcomes import state_at
 from qcow2_model import (
     Request,
     assert_sound,

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbdserve.formats.qcow2.tables import Table, decode_table
-from nbdserve.testing.powercut import state_at
+from nbdserve.powercut.outcomes import state_at
 from qcow2_model import (
     COMPRESSED,
     OFFSET,

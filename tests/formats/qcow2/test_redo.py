@@ -25,8 +25,8 @@ from nbdserve.formats.qcow2 import ordering
 from nbdserve.formats.qcow2.node import CacheSizes
 from nbdserve.formats.qcow2.redo import Watcher
 from nbdserve.formats.raw import RawNode
-from nbdserve.testing.powercut import state_at
-from nbdserve.testing.writelog import Kind, WriteLog
+from nbdserve.powercut.outcomes import state_at
+from nbdserve.powercut.writelog import Kind, WriteLog
 from qcow2_model import (
     OFFSET,
     Disk,

@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from nbdserve.testing.powercut import all_cuts, cut, nb_stretches, state_at
-from nbdserve.testing.writelog import Kind, WriteLog
+from nbdserve.powercut.outcomes import all_cuts, cut, nb_stretches, state_at
+from nbdserve.powercut.writelog import Kind, WriteLog
 
 S = 512
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nbdserve.testing.writelog import Kind, WriteLog
+from nbdserve.powercut.writelog import Kind, WriteLog
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from collections import defaultdict
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
-from nbdserve.testing.writelog import CHANGES, ENDS, Kind, Record, WriteLog, change
+from nbdserve.powercut.writelog import CHANGES, ENDS, Kind, Record, WriteLog, change
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,10 +7,10 @@ from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
 from nbdserve.drivers.open import open_file
 from nbdserve.engines.threads import ThreadsEngine
+from nbdserve.filters.power_cut import log_writes
 from nbdserve.formats.qcow2.open import open_qcow2, read_header
-from nbdserve.testing.logged import log_writes
-from nbdserve.testing.powercut import all_cuts
-from nbdserve.testing.writelog import Kind, WriteLog
+from nbdserve.powercut.outcomes import all_cuts
+from nbdserve.powercut.writelog import Kind, WriteLog
 from qcow2_model import MemoryFile, assert_sound, guest_bytes, new_image, pattern
 
 
