@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "config": {"errors", "references"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
+    "pidfile": {"errors"},
     "block": {"errors"},
     "engines": {"errors"},
     "drivers": BLOCK_STACK | {"engines"},
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
-    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics", "guardian"},
+    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "pidfile", "statistics", "guardian"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
     | {"units", "references", "listeners", "formats", "graph", "server", "guardian"},

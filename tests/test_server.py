@@ -27,12 +27,13 @@ from nbdserve.config import (
 )
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.listeners import open_listeners
+from nbdserve.pidfile import pid_file
 
 LONG = 10.0
 
 HOLD_PID_FILE = """
 import sys
-from nbdserve.server import pid_file
+from nbdserve.pidfile import pid_file
 with pid_file(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()
@@ -536,7 +537,7 @@ async def test_the_pid_file_is_there_when_ready_and_gone_at_the_end(folder, worl
 def test_an_old_pid_file_is_overwritten(folder):
     path = folder / "pid"
     path.write_text("99999999999\nold\n")
-    with server.pid_file(str(path)):
+    with pid_file(str(path)):
         assert path.read_text() == f"{os.getpid()}\n"
 
 
@@ -551,7 +552,7 @@ def test_a_pid_file_that_another_process_holds_is_refused(folder):
         assert holder.stdout.readline() == b"held\n"
         with (
             pytest.raises(ConfigError, match=r"--pid-file: .*another process holds it"),
-            server.pid_file(str(path)),
+            pid_file(str(path)),
         ):
             pass
         assert path.read_text() == f"{holder.pid}\n"
