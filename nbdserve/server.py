@@ -142,7 +142,8 @@ async def open_server(
     """A server that accepts clients while the body runs, in any thread that runs trio.
 
     It has no signals: `Server.stop` is how to end it, as is leaving the body, which returns when
-    the image is closed. Raises as `serve`, and what the body raises.
+    the image is closed. If the body raises or is cancelled, clients are cut off at once. Raises as
+    `serve`, and what the body raises.
     """
     with (
         _single_exception(),
