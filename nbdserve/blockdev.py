@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nbdserve.block.filter import find_filter
 from nbdserve.errors import ConfigError, ImageError
+from nbdserve.faults import parse_faults
 from nbdserve.imageopts import Options, children_of, options_of_name
 from nbdserve.units import parse_size
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nbdserve.block.filter import FilterNode
+    from nbdserve.faults import Fault
     from nbdserve.imageopts import Scalar
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "CustomOptions",
     "DetectZeroes",
     "Discard",
+    "FaultOptions",
     "FileOptions",
     "FilterOptions",
     "NodeOptions",
@@ -153,6 +156,15 @@ class ThrottleOptions(FilterOptions):
     """The filter that limits what passes, by the limits of a group."""
 
     group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultOptions(FilterOptions):
+    """The filter whose requests fail. `room`: bytes of new space that are left; None: no end."""
+
+    faults: tuple[Fault, ...] = ()
+    seed: int = 0
+    room: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +317,17 @@ def _throttle(reader: _Reader, file: NodeOptions) -> ThrottleOptions:
     return reader.finish(ThrottleOptions, "throttle", file=file, group=group)
 
 
+def _fault(reader: _Reader, file: NodeOptions) -> FaultOptions:
+    return reader.finish(
+        FaultOptions,
+        "fault",
+        file=file,
+        faults=parse_faults(reader.child("faults") or {}, f"{reader.path}faults."),
+        seed=reader.size("seed") or 0,
+        room=reader.size("room"),
+    )
+
+
 def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:
     common = reader.common()
     arguments = {key.replace("-", "_"): value for key, value in reader.left().items()}
@@ -320,6 +343,7 @@ PARENTS: dict[str, Callable[[_Reader, NodeOptions], NodeOptions]] = {
     "qcow2": _qcow2,
     "raw": _raw,
     "throttle": _throttle,
+    "fault": _fault,
 }
 """Drivers that stand on another node, by name."""
 

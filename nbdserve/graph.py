@@ -116,6 +116,8 @@ async def open_backend(
                 )
                 nursery.cancel_scope.cancel()
     finally:
+        for node in opener.opened:
+            node.drain_begin()  # closing writes, too
         with trio.CancelScope(shield=True):
             for engine in opener.engines:
                 await engine.idle()  # reads that were submitted, which no task waits for

@@ -23,6 +23,7 @@ from nbdserve.block.epoch import Epochs
 from nbdserve.block.filter import FilterNode
 from nbdserve.blockdev import (
     CustomOptions,
+    FaultOptions,
     FileOptions,
     FilterOptions,
     ProbedOptions,
@@ -36,6 +37,7 @@ from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.open import open_file
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
+from nbdserve.filters.fault import FaultNode
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
@@ -228,6 +230,9 @@ class Opener:
             raise ConfigError(f"{path}throttle-group: there is no group {options.group!r}")
         return ThrottleNode(file, member)
 
+    def _fault(self, file: Node, options: FaultOptions, path: str) -> FaultNode:
+        return FaultNode(file, options.faults, seed=options.seed, room=options.room)
+
     def _custom(self, file: Node, options: CustomOptions, path: str) -> FilterNode:
         try:
             return options.kind(file, **options.arguments)
@@ -390,6 +395,7 @@ DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
     Qcow2Options: Opener._open_qcow2,
     RawOptions: Opener._open_raw,
     ThrottleOptions: Opener._open_filter,
+    FaultOptions: Opener._open_filter,
     CustomOptions: Opener._open_filter,
 }
 """What opens each kind of node but files: (opener, options, settings, place, file that was probed,
@@ -397,6 +403,7 @@ and so is open)."""
 
 FILTERS: dict[type[FilterOptions], Callable[..., FilterNode]] = {
     ThrottleOptions: Opener._throttle,
+    FaultOptions: Opener._fault,
     CustomOptions: Opener._custom,
 }
 """What makes each kind of filter: (opener, its child, options, what stands before their names)."""
