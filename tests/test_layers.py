@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "errors": set(),
     "units": {"errors"},
     "imageopts": {"errors"},
-    "blockdev": {"errors", "units", "imageopts", "block"},
+    "blockdev": {"errors", "units", "imageopts", "block", "powercut"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
     "config": {"errors", "references"} | NODE_OPTIONS,
@@ -35,15 +35,15 @@ MAY_IMPORT = {
     "statistics": {"block"},
     "block": {"errors"},
     "engines": {"errors"},
-    "drivers": BLOCK_STACK | {"engines"},
+    "drivers": BLOCK_STACK | {"engines", "powercut"},
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK | {"powercut"},
     "nbd": {"errors", "block"},
     "powercut": {"errors"},
-    "place": NODE_OPTIONS | {"errors", "drivers"},
+    "place": NODE_OPTIONS | {"errors", "drivers", "block"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian"},
+    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian", "powercut"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
