@@ -92,7 +92,7 @@ class MemoryFile(Leaf):
             "memory", -(-len(content) // 512) * 512, read_only=False, no_flush=no_flush
         )
         self.content = bytearray(content)
-        self.writes = WriteLog() if beside is None else beside.writes
+        self.writes: WriteLog = WriteLog() if beside is None else beside.writes
         self._number = self.writes.add_file(bytes(content))
         self.zeroes_fast = True
         self.fail: Callable[[str, int], None] | None = None
