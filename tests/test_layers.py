@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "units": {"errors"},
     "imageopts": {"errors"},
     "faults": {"errors", "units", "imageopts"},
-    "blockdev": {"errors", "units", "imageopts", "faults", "block"},
+    "blockdev": {"errors", "units", "imageopts", "faults", "block", "powercut"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
     "config": {"errors", "references"} | NODE_OPTIONS,
@@ -37,15 +37,15 @@ MAY_IMPORT = {
     "pidfile": {"errors"},
     "block": {"errors"},
     "engines": {"errors"},
-    "drivers": BLOCK_STACK | {"engines"},
+    "drivers": BLOCK_STACK | {"engines", "powercut"},
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK | {"powercut", "faults"},
     "nbd": {"errors", "block"},
     "powercut": {"errors"},
-    "place": NODE_OPTIONS | {"errors", "drivers"},
+    "place": NODE_OPTIONS | {"errors", "drivers", "block"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian"},
+    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian", "powercut"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},

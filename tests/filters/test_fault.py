@@ -3,14 +3,8 @@
 import errno
 
 import pytest
-import trio
-import trio.testing
 
 from memory_leaf import BLOCK, MemoryLeaf
-from nbdserve.block.backend import BlockBackend
-from nbdserve.block.epoch import Epochs
-from nbdserve.block.run import READ, WRITE, Miss
-from nbdserve.errors import DisconnectError
 from nbdserve.faults import OPS, Fault
 from nbdserve.filters.fault import FaultNode
 
