@@ -50,6 +50,8 @@ MAY_IMPORT = {
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "pidfile", "statistics", "guardian"},
+    "testing": BLOCK_STACK
+    | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
     | {"units", "references", "listeners", "formats", "graph", "server", "guardian"},
