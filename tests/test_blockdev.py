@@ -163,7 +163,10 @@ def test_json_values_have_types():
         ("driver=qcow2,file.driver=file", "file.filename must be given"),
         ("driver=raw,file.driver=qcow2", "file.file.filename must be given"),
         ("driver=file,filename=", "filename must be given"),
-        ("driver=", "driver: unknown driver ''; known are qcow2, raw, throttle, fault, file, host_device"),
+        (
+            "driver=",
+            "driver: unknown driver ''; known are qcow2, raw, throttle, fault, file, host_device",
+        ),
         ("driver=vmdk,file.filename=a", "driver: unknown driver 'vmdk'"),
         ("driver=qcow2,file.driver=nbd", "file.driver: unknown driver 'nbd'"),
         ("a.qcow2", "file: there is no node 'a.qcow2' to refer to; a file is named by file.filen"),

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "blockdev": {"errors", "units", "imageopts", "faults", "block"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
-    "config": {"errors", "references"} | NODE_OPTIONS,
+    "config": {"errors", "references", "faults"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
     "block": {"errors"},
@@ -44,14 +44,14 @@ MAY_IMPORT = {
     "place": NODE_OPTIONS | {"errors", "drivers"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian"},
+    | {"engines", "drivers", "formats", "filters", "faults", "place", "references", "guardian"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics", "guardian"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
-    | {"units", "references", "listeners", "formats", "graph", "server", "guardian"},
+    | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"},
     "__main__": {"cli"},
 }
 
