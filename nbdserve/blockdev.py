@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nbdserve.block.filter import FilterNode
     from nbdserve.faults import Fault
     from nbdserve.imageopts import Scalar
+    from nbdserve.powercut.content import Content
 
 __all__ = [
     "AIO_MODES",
@@ -45,7 +46,9 @@ __all__ = [
     "FaultOptions",
     "FileOptions",
     "FilterOptions",
+    "MemoryOptions",
     "NodeOptions",
+    "PowerCutOptions",
     "ProbedOptions",
     "Qcow2Options",
     "RawOptions",
@@ -125,6 +128,15 @@ class FileOptions(NodeOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions(NodeOptions):
+    """A leaf in memory, which begins with a copy of this content; no name asks for it. `filename`:
+    what it is called."""
+
+    content: Content
+    filename: str = "memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RawOptions(NodeOptions):
     """A window of `size` bytes at `offset` in the child; size None: to its end."""
 
@@ -168,6 +180,16 @@ class FaultOptions(FilterOptions):
     faults: tuple[Fault, ...] = ()
     seed: int = 0
     room: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerCutOptions(FilterOptions):
+    """The filter that logs what passes, for power cuts. All of a tree have one log, so what one of
+    them says of it holds for all; None: the others say. `log`: a file that it is streamed to."""
+
+    history: bool | None = None
+    log: str | None = None
+    max_data: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +355,20 @@ def _fault(reader: _Reader, file: NodeOptions) -> FaultOptions:
     )
 
 
+def _power_cut(reader: _Reader, file: NodeOptions) -> PowerCutOptions:
+    path = reader.text("log")
+    if path == "":
+        raise ConfigError(f"{reader.path}log: the path is empty")
+    return reader.finish(
+        PowerCutOptions,
+        "power-cut",
+        file=file,
+        history=reader.boolean("history"),
+        log=path,
+        max_data=reader.size("max-data"),
+    )
+
+
 def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:
     common = reader.common()
     arguments = {key.replace("-", "_"): value for key, value in reader.left().items()}
@@ -349,6 +385,7 @@ PARENTS: dict[str, Callable[[_Reader, NodeOptions], NodeOptions]] = {
     "raw": _raw,
     "throttle": _throttle,
     "fault": _fault,
+    "power-cut": _power_cut,
 }
 """Drivers that stand on another node, by name."""
 

@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, TypeVar
 from nbdserve.block.buffers import BufferPool
 from nbdserve.block.epoch import Epochs
 from nbdserve.block.filter import FilterNode
+from nbdserve.block.node import Leaf
 from nbdserve.blockdev import (
     CustomOptions,
     FaultOptions,
     FileOptions,
     FilterOptions,
+    MemoryOptions,
+    PowerCutOptions,
     ProbedOptions,
     Qcow2Options,
     RawOptions,
@@ -35,9 +38,11 @@ from nbdserve.blockdev import (
 )
 from nbdserve.drivers.direct import DirectFileNode
 from nbdserve.drivers.file import FileNode
+from nbdserve.drivers.memory import MemoryNode
 from nbdserve.drivers.open import open_file
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.filters.fault import FaultNode
+from nbdserve.filters.power_cut import PowerCutNode, log_writes
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
@@ -46,6 +51,7 @@ from nbdserve.formats.raw import RawNode
 from nbdserve.imageopts import options_of_name, shown
 from nbdserve.inherit import ChildRole, child_settings
 from nbdserve.place import Place, Use
+from nbdserve.powercut.powercut import PowerCut, PowerLost
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -116,6 +122,7 @@ class Opener:
         self._names = names
         self._references = references
         self._guardian = guardian
+        self.power_cut: PowerCut | None = None  # of all power-cut nodes
         self._wards: list[Ward] = []
         self._engine_of: dict[Node, Engine] = {}
         self._overlay_named = False
@@ -151,6 +158,8 @@ class Opener:
             file = self._open_file(options, settings, place)
             await place.lock(file, options, settings)
             return file
+        if isinstance(options, MemoryOptions):
+            return self._open_memory(options, settings)
         filename = _leaf_name(options)
         place.check_depth(filename)
         if place.depth and settings.discard == "ignore":
@@ -180,6 +189,16 @@ class Opener:
             raise ImageError(f"{options.filename}: the driver {options.driver} is not for {what}")
         place.check_is_new(file)
         return file
+
+    def _open_memory(self, options: MemoryOptions, settings: Effective) -> MemoryNode:
+        node = MemoryNode(
+            options.content.copy(),
+            options.filename,
+            read_only=settings.read_only,
+            no_flush=settings.no_flush,
+        )
+        self._engine_of[node] = self._engines.get(settings.aio, direct=False)
+        return self._add(node, options)
 
     async def _open_probed(
         self, options: ProbedOptions, settings: Effective, place: Place
@@ -229,6 +248,21 @@ class Opener:
         file = await self._file(options, settings, place.file(place.use, settings), probed)
         return self._add(FILTERS[type(options)](self, file, options, place.path), options, settings)
 
+    async def _open_power_cut(
+        self, options: PowerCutOptions, settings: Effective, place: Place, probed: FileNode | None
+    ) -> Node:
+        file = await self._file(options, settings, place.file(place.use, settings), probed)
+        self.power_cut = self.power_cut or PowerCut()
+        try:
+            self.power_cut.agree(options.history, options.max_data, options.log)
+        except ValueError as error:
+            raise ConfigError(f"{place.path}{error}") from None
+        except OSError as error:
+            raise ConfigError(f"{place.path}log: {options.log}: {error.strerror}") from None
+        name = options.node_name or os.path.basename(file.filename)
+        node = await log_writes(file, self.power_cut, name)
+        return self._add(node, options, settings)
+
     def _throttle(self, file: Node, options: ThrottleOptions, path: str) -> ThrottleNode:
         member = self._groups.join_existing(options.group)
         if member is None:
@@ -277,17 +311,20 @@ class Opener:
 
     def _watch(self, file: Node, data_file: Node | None, settings: Effective) -> RedoLog | None:
         """Have the guardian take care of an image; None without one, or if the image or its data
-        file is in the disk of another image, which no guardian could write to."""
-        if self._guardian is None or _is_in_image(file) or _is_in_image(data_file):
+        file is none that a guardian could write to."""
+        leaf = _watched(file)
+        if self._guardian is None or leaf is None:
+            return None
+        if data_file is not None and _watched(data_file) is None:
             return None
         offset, node = 0, file
-        while not isinstance(node, FileNode):
+        while node is not leaf:
             if isinstance(node, RawNode):
                 offset += node.offset
             node = node.children["file"]
         ward = self._guardian.watch(
-            node,
-            None if data_file is None else _leaf(data_file),
+            leaf,
+            None if data_file is None else _watched(data_file),
             offset=offset,
             no_flush=settings.no_flush,
         )
@@ -302,7 +339,7 @@ class Opener:
         header: Header,
         settings: Effective,
         place: Place,
-        file: FileNode,
+        file: Leaf,
     ) -> Node | None:
         """What options or, without them, the header name as the data file (qcow2_do_open)."""
         given = options.data_file
@@ -332,7 +369,7 @@ class Opener:
         header: Header,
         settings: Effective,
         place: Place,
-        file: FileNode,
+        file: Leaf,
     ) -> Node | None:
         """What options and header name as the backing file (bdrv_open_backing_file)."""
         given, name = options.backing, header.backing_file
@@ -386,11 +423,15 @@ class Opener:
             node = self.opened.pop()
             try:
                 await node.close()
+            except PowerLost:
+                pass  # that is how it was wanted
             except Exception as error:  # a bug in one node shall not leave the others open
                 first_error = first_error or error
             self._names.give_back(node.node_name)
         while self._wards:
             self._wards.pop().close()
+        if self.power_cut is not None:
+            self.power_cut.log.close()
         self._engine_of.clear()
         if first_error is not None:
             raise first_error
@@ -401,6 +442,7 @@ DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
     RawOptions: Opener._open_raw,
     ThrottleOptions: Opener._open_filter,
     FaultOptions: Opener._open_filter,
+    PowerCutOptions: Opener._open_power_cut,
     CustomOptions: Opener._open_filter,
 }
 """What opens each kind of node but files: (opener, options, settings, place, file that was probed,
@@ -418,24 +460,25 @@ def _leaf_name(options: NodeOptions) -> str:
     """The name of the file that a node's own data is in."""
     while isinstance(options, PARENTS):
         options = options.file
-    assert isinstance(options, FileOptions)
+    assert isinstance(options, (FileOptions, MemoryOptions))
     return options.filename
 
 
-def _leaf(node: Node) -> FileNode:
+def _leaf(node: Node) -> Leaf:
     """The file that a node's own data is in."""
-    while not isinstance(node, FileNode):
+    while not isinstance(node, Leaf):
         node = node.children["file"]
     return node
 
 
-def _is_in_image(node: Node | None) -> bool:
-    """Whether a file is in the virtual disk of an image."""
-    while node is not None and not isinstance(node, FileNode):
-        if isinstance(node, Qcow2Node):
-            return True
+def _watched(node: Node) -> FileNode | None:
+    """The host's file that a node's own data is in, if a guardian may write there: not if it is in
+    the disk of another image, or in memory, or if what is written must pass a power cut."""
+    while not isinstance(node, Leaf):
+        if isinstance(node, (Qcow2Node, PowerCutNode)):
+            return None
         node = node.children["file"]
-    return False
+    return node if isinstance(node, FileNode) else None
 
 
 def _is_disk(node: Node) -> bool:

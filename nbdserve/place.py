@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
+from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.locks import PERMISSIONS, Permission, Role, is_being_rescued
 from nbdserve.errors import ImageError, LockedError
 
 if TYPE_CHECKING:
+    from nbdserve.block.node import Leaf
     from nbdserve.blockdev import FileOptions
-    from nbdserve.drivers.file import FileNode
     from nbdserve.inherit import Effective
 
 __all__ = ["MAX_CHAIN", "Place", "Use"]
@@ -58,7 +59,7 @@ class Place(NamedTuple):
     """Where in the tree a node is, and for whom.
 
     path: what stands before its options' names; use, only_reads: of its data by who uses it;
-    above: the files on the way to the root; depth: the nodes on it.
+    above: the host's files on the way to the root; depth: the nodes on it.
     """
 
     path: str
@@ -76,21 +77,24 @@ class Place(NamedTuple):
             depth=self.depth + 1,
         )
 
-    def data_file(self, file: FileNode, settings: Effective) -> Place:
+    def data_file(self, file: Leaf, settings: Effective) -> Place:
         """The place of the data file of an image whose metadata is in `file`."""
         return Place(
             f"{self.path}data-file.",
             Use.DATA,
             settings.read_only,
-            (*self.above, file),
+            self._below(file),
             self.depth + 1,
         )
 
-    def backing(self, file: FileNode) -> Place:
+    def backing(self, file: Leaf) -> Place:
         """The place of the backing file of an image whose own data is in `file`."""
         return Place(
-            f"{self.path}backing.", Use.BACKING, True, (*self.above, file), self.depth + 1
+            f"{self.path}backing.", Use.BACKING, True, self._below(file), self.depth + 1
         )
+
+    def _below(self, file: Leaf) -> tuple[FileNode, ...]:
+        return (*self.above, file) if isinstance(file, FileNode) else self.above
 
     def check_depth(self, filename: str) -> None:
         """Raises ImageError: the path to here is too long."""

@@ -92,7 +92,7 @@ class MemoryFile(Leaf):
             "memory", -(-len(content) // 512) * 512, read_only=False, no_flush=no_flush
         )
         self.content = bytearray(content)
-        self.writes = WriteLog() if beside is None else beside.writes
+        self.writes: WriteLog = WriteLog() if beside is None else beside.writes
         self._number = self.writes.add_file(bytes(content))
         self.zeroes_fast = True
         self.fail: Callable[[str, int], None] | None = None
@@ -113,7 +113,7 @@ class MemoryFile(Leaf):
             if record.kind in CHANGES else Entry(0, None, record.file)
             for record in records
             if record.kind in CHANGES
-            or (record.kind is Kind.END and records[record.number].kind is Kind.FLUSH)
+            or record.kind is Kind.FLUSHED
         ]
 
     def forget(self) -> None:
@@ -158,7 +158,7 @@ class MemoryFile(Leaf):
     def _do(self, kind: Kind, offset: int, data: bytes | int) -> int:
         """A request takes effect; its number in the log."""
         number = self.writes.begin(kind, self._number, offset, data)
-        change(self.content, self.writes.records[number])
+        change(self.content, self.writes.records[-1])
         self.size = -(-len(self.content) // 512) * 512
         return number
 

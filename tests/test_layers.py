@@ -28,27 +28,31 @@ MAY_IMPORT = {
     "units": {"errors"},
     "imageopts": {"errors"},
     "faults": {"errors", "units", "imageopts"},
-    "blockdev": {"errors", "units", "imageopts", "faults", "block"},
+    "blockdev": {"errors", "units", "imageopts", "faults", "block", "powercut"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
     "config": {"errors", "references", "faults"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
+    "pidfile": {"errors"},
     "block": {"errors"},
     "engines": {"errors"},
-    "drivers": BLOCK_STACK | {"engines"},
+    "drivers": BLOCK_STACK | {"engines", "powercut"},
     "formats": BLOCK_STACK | {"engines"},
     "filters": BLOCK_STACK | {"powercut", "faults"},
     "nbd": {"errors", "block"},
     "powercut": {"errors"},
-    "place": NODE_OPTIONS | {"errors", "drivers"},
+    "place": NODE_OPTIONS | {"errors", "drivers", "block"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "faults", "place", "references", "guardian"},
+    | {"engines", "drivers", "formats", "filters", "faults", "place", "references", "guardian"}
+    | {"powercut"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
-    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics", "guardian"},
+    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "pidfile", "statistics", "guardian"},
+    "testing": BLOCK_STACK
+    | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
     | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"},

@@ -1,38 +1,79 @@
-"""A node that keeps a write log of another: above the format it sees what the guest does, below it
-what reaches the host's file.
+"""The `power-cut` driver: a node that logs all that is done to its child, until the power is cut.
 
-Its ranges do not resolve, and a flush that would have nothing to do is passed on as if it had: all
-that changes anything comes by here. Requests that overlap wait for each other, so that the log's
-order is the order on the disk.
+Above a format it sees what the guest does, below it what reaches the host's file. What the power
+takes is powercut/'s to say; here is what makes the log true:
 
-What the node below held before is `initial` of the log, so it is read when logging begins.
+* its ranges do not resolve, and no flush takes a short way, so all that changes anything comes by;
+* requests that overlap wait for each other, so the log's order is the order on the disk;
+* a request is in the log before it is passed on, and has returned there before its client is told;
+* after the cut nothing is passed on, and what had not returned fails, whatever became of it below;
+* where flushes do nothing (cache.no-flush) nothing ever counts as flushed.
+
+What the child held before is read when logging begins: its data, not its holes.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from nbdserve.block.filter import FilterNode
 from nbdserve.block.rangelock import RangeLock
-from nbdserve.powercut.writelog import Kind, WriteLog
+from nbdserve.powercut.content import Content
+from nbdserve.powercut.powercut import PowerLost
+from nbdserve.powercut.writelog import Kind, LogFull
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from nbdserve.block.node import Buffer, Node
+    from nbdserve.block.node import Buffer, Extent, Node
+    from nbdserve.powercut.powercut import PowerCut
 
-__all__ = ["PowerCutNode", "log_writes"]
+__all__ = ["PowerCutNode", "log_writes", "power_cut_of", "read_content"]
+
+log = logging.getLogger("nbdserve.filters.power_cut")
 
 PIECE = 1 << 20
 
 
-async def log_writes(file: Node, log: WriteLog) -> PowerCutNode:
-    """A node over `file`, whose content becomes one more file of the log. Raises OSError."""
-    content = bytearray(file.size)
-    for start in range(0, len(content), PIECE):
-        await file.read(start, memoryview(content)[start : start + PIECE])
-    return PowerCutNode(file, log, log.add_file(bytes(content)))
+async def log_writes(file: Node, power_cut: PowerCut, name: str = "") -> PowerCutNode:
+    """A node over `file`, whose content becomes one more file of the log, of that name. Raises
+    OSError: it cannot be read, or the log not written; EFBIG: there is more than max-data."""
+    writes = power_cut.log
+    room = None if writes.max_data is None else writes.max_data - writes.size
+    content = await read_content(file, room)
+    return PowerCutNode(file, power_cut, writes.add_file(content, name))
+
+
+def power_cut_of(root: Node) -> PowerCut | None:
+    """That of the tree, if there are power-cut nodes in it."""
+    if isinstance(root, PowerCutNode):
+        return root.power_cut
+    found = (power_cut_of(child) for child in root.children.values())
+    return next((each for each in found if each is not None), None)
+
+
+async def read_content(node: Node, most: int | None = None) -> Content:
+    """What a node holds. Raises OSError; EFBIG: that is more than `most` bytes of data."""
+    content = Content(node.size)
+    buffer = bytearray(PIECE)
+    offset = 0
+    while offset < node.size:
+        for extent in await node.block_status(offset, node.size - offset):
+            end = offset + extent.length
+            while offset < end and not extent.zero:
+                piece = min(PIECE, end - offset)
+                view = memoryview(buffer)[:piece]
+                await node.read(offset, view)
+                content.write(offset, view)
+                offset += piece
+                if most is not None and content.data_size > most:
+                    what = f"more than the {most} bytes of data that max-data leaves room for"
+                    raise OSError(errno.EFBIG, what)
+            offset = end
+    return content
 
 
 class PowerCutNode(FilterNode):
@@ -40,30 +81,58 @@ class PowerCutNode(FilterNode):
 
     driver = "power-cut"
 
-    def __init__(self, file: Node, log: WriteLog, number: int) -> None:
+    def __init__(self, file: Node, power_cut: PowerCut, number: int) -> None:
         """`number`: that of the child in the log."""
         super().__init__(file)
-        self.log = log
+        self.power_cut = power_cut
+        self.log = power_cut.log
         self._number = number
         self._ranges = RangeLock()
+        self._told = False
+
+    def _check_power(self) -> None:
+        if self.power_cut.is_cut:
+            raise PowerLost
+
+    def _begin(self, kind: Kind, offset: int = 0, data: bytes | int = b"") -> int:
+        self._check_power()
+        try:
+            return self.log.begin(kind, self._number, offset, data)
+        except LogFull as full:
+            if not self._told:
+                log.error("%s: %s: see the option max-data of the driver power-cut; what would"
+                          " change the disk fails from now on", self.filename, full.strerror)
+                self._told = True
+            raise
+
+    def _end(self, number: int, *, durable: bool = False) -> None:
+        self._check_power()
+        self.log.end(number, durable=durable and not self.no_flush)
 
     @asynccontextmanager
     async def _logged(self, kind: Kind, offset: int, data: bytes | int) -> AsyncIterator[None]:
         length = data if isinstance(data, int) else len(data)
         async with self._ranges.hold(offset, offset + length - 1):
-            number = self.log.begin(kind, self._number, offset, data)
+            number = self._begin(kind, offset, data)
             yield
-            self.log.end(number)
+            self._end(number)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        self._check_power()
+        await self.file.read(offset, buffer)
+        self._check_power()
 
     async def write(self, offset: int, data: Buffer) -> None:
-        async with self._logged(Kind.WRITE, offset, bytes(data)):
+        data = bytes(data)
+        async with self._logged(Kind.WRITE, offset, data):
             await self.file.write(offset, data)
 
     async def write_fua(self, offset: int, data: Buffer) -> bool:
+        data = bytes(data)
         async with self._ranges.hold(offset, offset + len(data) - 1):
-            number = self.log.begin(Kind.WRITE, self._number, offset, bytes(data))
+            number = self._begin(Kind.WRITE, offset, data)
             durable = await self.file.write_fua(offset, data)
-            self.log.end(number, durable=durable)
+            self._end(number, durable=durable)
         return durable
 
     async def write_zeroes(
@@ -78,7 +147,16 @@ class PowerCutNode(FilterNode):
         async with self._logged(Kind.DISCARD, offset, length):
             await self.file.discard(offset, length)
 
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        self._check_power()
+        return await self.file.block_status(offset, length)
+
     async def flush(self) -> None:
-        number = self.log.begin(Kind.FLUSH, self._number)
+        self._check_power()
+        if self.no_flush:
+            await self.file.flush()
+            self._check_power()
+            return
+        number = self._begin(Kind.FLUSH)
         await self.file.flush()
-        self.log.end(number)
+        self._end(number)

@@ -1,170 +1,239 @@
 """The write log: all that was done to some files, in order, and when each of it had returned.
 
-A log is a list of records. A request has one where it *begins*, with its data, and an END where it
-has *returned*; what lies between them may have been done or not. A write that was durable when it
-returned, by FUA, has a DURABLE in place of the END. A request that failed has neither: it may have
-done anything. A MARK is a note of whoever keeps the log, such as "transaction 7 is
-committed". A *moment* is a number of records that have been made: moment 0 is the start.
+A log is a list of records (records.py). A *moment* is a number of records that have been made:
+moment 0 is the start. Several files have one log, so that their order among each other is in it,
+too; `initial` is what each of them held at first.
 
 Law: requests begin in the log in the order in which they take effect where they overlap. Whoever
-keeps a log sees to that (logged.py has overlapping requests wait for each other). What a power cut
-makes of it is powercut.py's.
+keeps a log sees to that (filters/power_cut.py has overlapping requests wait for each other). What a
+power cut makes of it is outcomes.py's.
 
-Several files have one log, so that their order among each other is in it, too; `initial` is what
-each of them held at moment 0.
+A log without `history` forgets what is durable: after each flush that goes into `initial`, and only
+what the disk may still lose is kept, with the notes. It can tell of no moment before.
 
-In a file: MAGIC, the number of files, for each its length and bytes, then the records, each as
-`HEAD` (kind, file, number, offset, length) and, where the kind has them, `length` bytes of data. A
-record that is not there to its end, as of a writer that was killed, is left out.
+A log has a bound, `max_data`: what is beyond it is refused when it begins, before it is done, as
+what is not in the log would make every later outcome a lie.
 """
 
 from __future__ import annotations
 
-import enum
-import struct
-from typing import IO, TYPE_CHECKING, NamedTuple
+import errno
+from typing import TYPE_CHECKING
+
+from nbdserve.powercut.content import Content
+from nbdserve.powercut.disk import Disk
+from nbdserve.powercut.logfile import LogFile, read_log
+from nbdserve.powercut.records import CHANGES, ENDS, Kind, Record, change
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["CHANGES", "ENDS", "Kind", "Record", "WriteLog", "change"]
+__all__ = ["CHANGES", "ENDS", "MAX_DATA", "Kind", "LogFull", "Record", "WriteLog", "change"]
 
-MAGIC = b"nbdserve write log 1\n"
-HEAD = struct.Struct("<BBQQQ")
-LENGTH = struct.Struct("<Q")
+MAX_DATA = 1 << 30
 
+# What a request costs beside its data, about, in bytes.
+RECORD_SIZE = 512
 
-class Kind(enum.IntEnum):
-    """What a record says."""
-
-    WRITE = 0
-    WRITE_ZEROES = 1
-    DISCARD = 2
-    FLUSH = 3
-    END = 4
-    DURABLE = 5
-    MARK = 6
+# A log that forgets does so after a flush, or, where there is none, after so many durable writes.
+MANY_RECORDS = 4096
 
 
-HAS_DATA = frozenset({Kind.WRITE, Kind.MARK})
-CHANGES = frozenset({Kind.WRITE, Kind.WRITE_ZEROES, Kind.DISCARD})
-ENDS = frozenset({Kind.END, Kind.DURABLE})
-
-
-class Record(NamedTuple):
-    """number: of the record that began the request; an END has that of its request. `data` is
-    empty but for writes and marks."""
-
-    kind: Kind
-    file: int
-    number: int
-    offset: int = 0
-    length: int = 0
-    data: bytes = b""
+class LogFull(OSError):
+    """There is no room for a request in the log."""
 
 
 class WriteLog:
-    """Records and what the files held before the first of them."""
+    """Records and what the files held before the first of them.
 
-    def __init__(self, initial: Sequence[bytes] = ()) -> None:
-        self.initial = list(initial)
+    `names`: of the files. `max_data`: bytes of data in all, of the files at first and of writes;
+    None: any number.
+    """
+
+    def __init__(
+        self,
+        initial: Sequence[Content | bytes] = (),
+        *,
+        history: bool = True,
+        max_data: int | None = None,
+    ) -> None:
+        self.initial: list[Content] = []
+        self.names: list[str] = []
         self.records: list[Record] = []
+        self.history = history
+        self.max_data = max_data
+        self.first_moment = 0
+        self._numbers = 0
+        self._under_way: dict[int, tuple[Kind, int]] = {}  # number -> (kind, file)
+        self._forgotten = 0  # records that were made but are not there
+        self._old_marks: list[bytes] = []
+        self._keep = 0  # records that were left when the log last forgot
+        self._size = 0
+        self._stream: LogFile | None = None
+        for content in initial:
+            self.add_file(content)
 
     def __len__(self) -> int:
         """The present moment."""
-        return len(self.records)
+        return self._forgotten + len(self.records)
 
-    def add_file(self, content: bytes) -> int:
-        """One more file; its number."""
+    @property
+    def size(self) -> int:
+        """About how many bytes of memory it takes."""
+        return self._size + sum(content.data_size for content in self.initial)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether each record is written to a file when it is made."""
+        return self._stream is not None
+
+    def add_file(self, content: Content | bytes, name: str = "") -> int:
+        """One more file; its number. Raises OSError: it cannot be streamed."""
+        if not isinstance(content, Content):
+            content = Content.of(content)
+        if self._stream is not None:
+            self._stream.add_file(len(self.initial), content, name)
         self.initial.append(content)
+        self.names.append(name)
         return len(self.initial) - 1
 
     def begin(
         self, kind: Kind, file: int = 0, offset: int = 0, data: bytes | int = b""
     ) -> int:
         """A request begins; `data` is its length where it has none. Returns the number for
-        `end`."""
-        number = len(self.records)
+        `end`. Raises LogFull, and OSError if it cannot be streamed; the log is as it was then."""
         length, stored = (data, b"") if isinstance(data, int) else (len(data), data)
-        self.records.append(Record(kind, file, number, offset, length, stored))
+        room = RECORD_SIZE + len(stored)
+        if self.max_data is not None and self.size + room > self.max_data:
+            raise LogFull(errno.ENOMEM, f"the write log is full ({self.max_data} bytes)")
+        number = self._numbers
+        self._add(Record(kind, file, number, offset, length, stored))
+        self._size += room
+        self._under_way[number] = kind, file
         return number
 
     def end(self, number: int, *, durable: bool = False) -> None:
         """The request has returned, without an error. `durable`: a write by FUA."""
-        kind = Kind.DURABLE if durable else Kind.END
-        self.records.append(Record(kind, self.records[number].file, number))
+        kind, file = self._under_way[number]
+        how = Kind.FLUSHED if kind is Kind.FLUSH else Kind.DURABLE if durable else Kind.END
+        self._add(Record(how, file, number))
+        del self._under_way[number]
+        if not self.history and (how is Kind.FLUSHED or len(self.records) > self._many()):
+            self.forget()
 
     def mark(self, note: bytes) -> None:
-        """A note of what has happened up to now."""
-        self.records.append(Record(Kind.MARK, 0, len(self.records), 0, len(note), note))
+        """A note of what has happened up to now. Raises OSError if it cannot be streamed."""
+        self._add(Record(Kind.MARK, 0, self._numbers, 0, len(note), note))
+        self._size += RECORD_SIZE + len(note)
+
+    def _add(self, record: Record) -> None:
+        if self._stream is not None:
+            self._stream.add(record)
+        self.records.append(record)
+        self._numbers += 1
 
     def marks(self, moment: int) -> list[bytes]:
         """The notes made up to a moment."""
-        return [record.data for record in self.records[:moment] if record.kind is Kind.MARK]
+        return self._old_marks + [
+            record.data for record in self.until(moment) if record.kind is Kind.MARK
+        ]
 
-    def replay(self, moment: int | None = None) -> list[bytes]:
+    def until(self, moment: int | None = None) -> list[Record]:
+        """The records made until then, but for those that were forgotten. Raises ValueError: the
+        moment is later than now, or earlier than what it can tell of."""
+        if moment is None:
+            return self.records
+        if not self.first_moment <= moment <= len(self):
+            raise ValueError(
+                f"moment {moment}: the write log has {self.first_moment} to {len(self)}"
+            )
+        return self.records[: moment - self._forgotten]
+
+    def replay(self, moment: int | None = None) -> list[Content]:
         """What the files held at a moment, all that had begun being done: what a crash of the
-        process leaves, but not of the machine. None: now."""
-        files = [bytearray(content) for content in self.initial]
-        for record in self.records[:moment]:
+        process leaves, but not of the machine. None: now. Raises ValueError, as `until`."""
+        files = [content.copy() for content in self.initial]
+        for record in self.until(moment):
             if record.kind in CHANGES:
                 change(files[record.file], record)
-        return [bytes(content) for content in files]
+        return files
+
+    def forget(self) -> None:
+        """Keep only what the disk may still lose, and the notes."""
+        disk = Disk(self.initial)
+        disk.do(self.records)
+        disk.settle()
+        made = len(self)
+        left: list[Record] = []
+        for record in self.records:
+            if record.kind is Kind.MARK:
+                self._old_marks.append(record.data)
+            elif record.number in disk.pending:
+                sure = record.kind in ENDS and disk.is_durable(record.number)
+                left.append(record._replace(kind=Kind.DURABLE) if sure else record)
+            elif record.number in self._under_way:  # a flush
+                left.append(record)
+        self.initial, self.records = disk.base, left
+        self.first_moment, self._forgotten, self._keep = made, made - len(left), len(left)
+        self._size = sum(RECORD_SIZE + len(record.data) for record in left)
+        self._size += sum(RECORD_SIZE + len(note) for note in self._old_marks)
+
+    def _many(self) -> int:
+        return 2 * self._keep + MANY_RECORDS
+
+    # --- files ---------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the log to a file."""
-        with open(path, "wb") as out:
-            out.write(MAGIC + bytes([len(self.initial)]))
-            for content in self.initial:
-                out.write(LENGTH.pack(len(content)))
-                out.write(content)
-            for kind, file, number, offset, length, data in self.records:
-                out.write(HEAD.pack(kind, file, number, offset, length))
-                out.write(data)
+        """Write the log to a file, in place of what is there. Raises OSError."""
+        with LogFile.create(path) as out:
+            self._save(out)
+
+    def _save(self, out: LogFile) -> None:
+        for number, (content, name) in enumerate(zip(self.initial, self.names, strict=True)):
+            out.add_file(number, content, name)
+        for note in self._old_marks:
+            out.add(Record(Kind.MARK, 0, 0, 0, len(note), note))
+        for record in self.records:
+            out.add(record)
+
+    def stream_to(self, path: str | os.PathLike[str]) -> None:
+        """Write the log to a file, and from now on each record when it is made. Raises OSError."""
+        stream = LogFile.create(path)
+        try:
+            self._save(stream)
+        except BaseException:
+            stream.close()
+            raise
+        self._stream = stream
+
+    def close(self) -> None:
+        """No more is streamed."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WriteLog:
-        """Read what `save` wrote. Raises OSError, ValueError (not a write log)."""
-        log = cls()
-        with open(path, "rb") as source:
-            if source.read(len(MAGIC)) != MAGIC:
-                raise ValueError(f"{path}: not a write log")
-            for _ in range(_exactly(source, 1)[0]):
-                (length,) = LENGTH.unpack(_exactly(source, LENGTH.size))
-                log.initial.append(_exactly(source, length))
-            log.records.extend(_records(source))
+        """Read what `save` or `stream_to` wrote. Raises OSError, ValueError (not a write log)."""
+        files, records = read_log(path)
+        log = cls.of([content for content, _ in files], records)
+        log.names = [name for _, name in files]
         return log
 
-
-def change(content: bytearray, record: Record, start: int = 0, stop: int | None = None) -> None:
-    """Do to a file what a record says, or only the bytes from `start` to `stop` of it. A discard
-    leaves zeroes and does not make the file longer."""
-    low = record.offset + start
-    high = record.offset + (record.length if stop is None else stop)
-    if record.kind is Kind.DISCARD:
-        high = min(high, len(content))
-    if low >= high:
-        return
-    if high > len(content):
-        content.extend(bytes(high - len(content)))
-    if record.data:
-        content[low:high] = record.data[start:stop]
-    else:
-        content[low:high] = bytes(high - low)
-
-
-def _exactly(source: IO[bytes], length: int) -> bytes:
-    data = source.read(length)
-    if len(data) < length:
-        raise ValueError("the write log ends in the middle of what the files held at first")
-    return data
-
-
-def _records(source: IO[bytes]) -> Iterator[Record]:
-    while len(head := source.read(HEAD.size)) == HEAD.size:
-        kind, file, number, offset, length = HEAD.unpack(head)
-        data = source.read(length) if kind in HAS_DATA else b""
-        if kind in HAS_DATA and len(data) < length:
-            return
-        yield Record(Kind(kind), file, number, offset, length, data)
+    @classmethod
+    def of(cls, initial: Sequence[Content | bytes], records: Sequence[Record]) -> WriteLog:
+        """A log that has these records already, and may go on. What they leave under way is."""
+        log = cls(initial)
+        log.records = list(records)
+        log._numbers = 1 + max((record.number for record in records), default=-1)
+        log._size = sum(RECORD_SIZE + len(record.data) for record in records)
+        log._under_way = {
+            record.number: (record.kind, record.file)
+            for record in records
+            if record.kind in CHANGES or record.kind is Kind.FLUSH
+        }
+        for record in records:
+            if record.kind in ENDS:
+                log._under_way.pop(record.number, None)
+        return log

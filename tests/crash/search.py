@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from crash.plans import draw_plan
 from crash.promises import Judge, assert_qemu_agrees, works_again
 from crash.record import record
-from nbdserve.powercut.outcomes import Cut, all_cuts, digest, nb_stretches, state_at
+from nbdserve.powercut.outcomes import all_cuts, digest, nb_stretches, state_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from crash.plans import Plan
     from crash.record import History
+    from nbdserve.powercut.content import Content
 
 __all__ = ["Found", "Searched", "crashes", "search", "search_by_name", "search_closely", "shrink"]
 
@@ -43,7 +44,15 @@ class Searched:
     found: Found | None = None
 
 
-def crashes(history: History, limit: int) -> Iterator[Cut]:
+class Crash(NamedTuple):
+    """What the files held after it, and what tells that apart."""
+
+    moment: int
+    images: tuple[bytes, ...]
+    digest: bytes
+
+
+def crashes(history: History, limit: int) -> Iterator[Crash]:
     """About `limit` crashes that must be harmless: the process dies at some moments, and unless the
     mode is unsafe the power goes at others, at least once after each flush and durable write."""
     log = history.log
@@ -51,9 +60,14 @@ def crashes(history: History, limit: int) -> Iterator[Cut]:
     unsafe = history.plan.mode.no_flush
     deaths = min(limit if unsafe else limit // 10, len(log) + 1)
     for moment in chooser.sample(range(len(log) + 1), deaths):
-        yield Cut(moment, state_at(log, moment, power=False).sample(chooser))
+        yield _crash(moment, state_at(log, moment, power=False).sample(chooser))
     if not unsafe:
-        yield from all_cuts(log, max(limit - deaths, nb_stretches(log)))
+        for cut in all_cuts(log, max(limit - deaths, nb_stretches(log))):
+            yield _crash(cut.moment, cut.images)
+
+
+def _crash(moment: int, images: tuple[Content, ...]) -> Crash:
+    return Crash(moment, tuple(map(bytes, images)), digest(images))
 
 
 def search(plan: Plan, limit: int, *, qemu_every: int = 0, again_every: int = 0) -> Searched:
@@ -65,9 +79,9 @@ def search(plan: Plan, limit: int, *, qemu_every: int = 0, again_every: int = 0)
         history = record(plan, plan.image.files())
         searched.counts = history.counts
         judge = Judge(history)
-        for number, (moment, images) in enumerate(crashes(history, limit), start=1):
+        for number, (moment, images, key) in enumerate(crashes(history, limit), start=1):
             judge.assert_harmless(moment, images)
-            searched.states.add(digest(images))
+            searched.states.add(key)
             if qemu_every and number % qemu_every == 1:
                 searched.asked_qemu += 1
                 write = searched.asked_qemu % 4 == 1
@@ -125,6 +139,6 @@ def _shorter(plan: Plan) -> Iterator[Plan]:
 def _live_again(plan: Plan, images: tuple[bytes, ...], searched: Searched) -> None:
     history = works_again(plan.image, images, searched.lived_again)
     judge = Judge(history)
-    for moment, later in crashes(history, 8):
+    for moment, later, key in crashes(history, 8):
         judge.assert_harmless(moment, later)
-        searched.states.add(digest(later))
+        searched.states.add(key)

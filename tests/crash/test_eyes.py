@@ -88,4 +88,4 @@ def test_our_eyes_see_a_wrong_order(order):
         if (entry.offset == layout.l1_offset if first else entry.offset != block)
     ]
     with pytest.raises(AssertionError):
-        assert_sound(log.replay()[0], leaks_allowed=True)
+        assert_sound(bytes(log.replay()[0]), leaks_allowed=True)

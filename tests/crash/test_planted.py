@@ -97,7 +97,7 @@ def states_until_caught(bug: Bug) -> int | None:
             bug.plant(patch)
             history = record(plan, files, look=False)
         judge = Judge(history)
-        for moment, images in crashes(history, CRASHES):
+        for moment, images, _ in crashes(history, CRASHES):
             states += 1
             try:
                 judge.assert_harmless(moment, images)

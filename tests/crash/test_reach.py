@@ -48,7 +48,7 @@ def kinds(image, layout):
 def changes(history):
     """What became of clusters between two flushes: (kind, kind)."""
     moments = sorted({promise.moment for promise in history.flushed})
-    images = [kinds(history.image, Layout(history.log.replay(at)[0])) for at in moments]
+    images = [kinds(history.image, Layout(bytes(history.log.replay(at)[0]))) for at in moments]
     for before, after in itertools.pairwise(images):
         for guest, (kind, entry) in after.items():
             was, old_entry = before[guest]

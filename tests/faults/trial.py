@@ -430,7 +430,7 @@ class _Trial:
         synced, or with a random choice of sectors of it."""
         state = state_at(self._files.image.writes, moment)
         image, *others = state.nothing_kept() if chance is None else state.sample(chance)
-        return image, others[0] if others else b""
+        return bytes(image), bytes(others[0]) if others else b""
 
     async def check_again(self) -> None:
         """Opened anew, with files that are well again: what was not flushed is lost or not; the

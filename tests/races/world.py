@@ -265,7 +265,7 @@ class _Race:
 
 def durable_bytes(file: MemoryFile) -> bytes:
     """What of a file was flushed, or written with FUA."""
-    return state_at(file.writes, len(file.writes)).nothing_kept()[0]
+    return bytes(state_at(file.writes, len(file.writes)).nothing_kept()[0])
 
 
 def assert_closed(files: Files, node: Qcow2Node, final: bytes | None) -> bytes:

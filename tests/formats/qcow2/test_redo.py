@@ -142,11 +142,10 @@ def assert_nothing_is_lost(death, image, backing):
 def power_cut(initial, file, death, after, chooser):
     """The power goes during the replay, so that of everything since the last flush any sector may
     be missing: of what the server wrote and of what the guardian did."""
-    log = WriteLog([initial])
-    log.records = file.writes.records[: death.written]
+    log = WriteLog.of([initial], file.writes.records[: death.written])
     for entry in after.log[: chooser.randint(0, len(after.log))]:
         log.end(log.begin(Kind.FLUSH) if entry is None else log.begin(Kind.WRITE, 0, *entry))
-    return bytearray(state_at(log, len(log)).sample(chooser)[0])
+    return bytearray(bytes(state_at(log, len(log)).sample(chooser)[0]))
 
 
 @st.composite
