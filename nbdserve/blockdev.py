@@ -93,6 +93,9 @@ MAX_NODE_NAME = 31
 
 SECTOR = 512
 
+MAX_DIGITS = 20
+"""Of a number that is no size: int() is never handed a megabyte."""
+
 MIN_REFCOUNT_CACHE = 256 << 10
 """Bytes of a cache-size that go to refcounts: four blocks of 64 KiB (MIN_REFCOUNT_CACHE_SIZE)."""
 
@@ -339,12 +342,14 @@ def _throttle(reader: _Reader, file: NodeOptions) -> ThrottleOptions:
 
 
 def _fault(reader: _Reader, file: NodeOptions) -> FaultOptions:
+    if reader.text("faults") is not None:
+        raise ConfigError(f"{reader.path}faults: it is a list, as {reader.path}faults.0.error=EIO")
     return reader.finish(
         FaultOptions,
         "fault",
         file=file,
         faults=parse_faults(reader.child("faults") or {}, f"{reader.path}faults."),
-        seed=reader.size("seed") or 0,
+        seed=reader.integer("seed") or 0,
         room=reader.size("room"),
     )
 
@@ -417,6 +422,13 @@ class _Reader:
             return parse_size(str(value), f"{self.path}{key}")
 
         return self._take(key, "a size in bytes", convert)
+
+    def integer(self, key: str) -> int | None:
+        def convert(value: Scalar) -> int | None:
+            text = str(value)
+            return int(text) if text.isdecimal() and len(text) < MAX_DIGITS else None
+
+        return self._take(key, "a number", convert)
 
     def choice(self, key: str, known: Mapping[str, T]) -> T | None:
         def convert(value: Scalar) -> T | None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nbdserve.errors import ConfigError
-from nbdserve.imageopts import parse_keyval
+from nbdserve.imageopts import parse_keyval, shown
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class Fault:
         for option, value in self.options():
             kind = KINDS[option]
             if not kind.allows(value):
-                raise ConfigError(f"{option}: {value!r} is not {kind.what}")
+                said = shown(value) if isinstance(value, str) else value
+                raise ConfigError(f"{option}: {said!r} is not {kind.what}")
         _check_effects(self)
         object.__setattr__(self, "ops", _operations(self))
 
@@ -264,7 +266,7 @@ KINDS: dict[str, _Kind] = {
     "if-file": _Kind("a path", lambda value: isinstance(value, str) and value != ""),
     "error": _Kind(
         "the name of an error, as EIO or ENOSPC",
-        lambda value: isinstance(value, str) and value in errno.errorcode.values(),
+        lambda value: isinstance(value, str) and value[:1] == "E" and hasattr(errno, value),
     ),
     "delay": _SECONDS,
     "jitter": _SECONDS,
@@ -301,7 +303,12 @@ def parse_fault(options: Mapping[str, Scalar] | str, path: str = "") -> Fault:
     try:
         return Fault(**values)
     except ConfigError as error:
-        raise ConfigError(f"{path}{error}") from None
+        is_about_one = re.split("[: ]", str(error))[0] in KINDS
+        raise ConfigError(f"{path if is_about_one else _title(path)}{error}") from None
+
+
+def _title(path: str) -> str:
+    return f"{path[:-1]}: " if path else ""
 
 
 def parse_faults(options: Mapping[str, Scalar], path: str) -> tuple[Fault, ...]:
@@ -310,7 +317,7 @@ def parse_faults(options: Mapping[str, Scalar], path: str) -> tuple[Fault, ...]:
     for key, value in options.items():
         number, _, option = key.partition(".")
         if not option:
-            raise ConfigError(f"{path}{key}: a fault's options are {path}0.error and so on")
+            raise ConfigError(f"{path}{key}: a fault has options, as {path}{number}.error=EIO")
         listed.setdefault(number, {})[option] = value
     numbers = [str(number) for number in range(len(listed))]
     for number in numbers:

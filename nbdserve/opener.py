@@ -54,13 +54,14 @@ from nbdserve.place import Place, Use
 from nbdserve.powercut.powercut import PowerCut, PowerLost
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from nbdserve.block.node import Node
     from nbdserve.block.redo import RedoLog
     from nbdserve.blockdev import NodeOptions
     from nbdserve.engines.engine import Engine
     from nbdserve.engines.start import Engines
+    from nbdserve.faults import Fault
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.guardian import Guardian, Ward
@@ -147,6 +148,10 @@ class Opener:
                 f"--offset: {offset} is beyond the end of {root.filename} ({root.size} bytes)"
             )
         return self._add(RawNode(root, offset=offset), None)
+
+    def faulty(self, root: Node, faults: Iterable[Fault]) -> Node:
+        """The uppermost node behind faults."""
+        return self._add(FaultNode(root, faults), None)
 
     async def _open(self, options: NodeOptions, settings: Effective, place: Place) -> Node:
         if isinstance(options, FileOptions):

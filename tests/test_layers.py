@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "blockdev": {"errors", "units", "imageopts", "faults", "block", "powercut"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
-    "config": {"errors", "references"} | NODE_OPTIONS,
+    "config": {"errors", "references", "faults"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
     "pidfile": {"errors"},
@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "place": NODE_OPTIONS | {"errors", "drivers", "block"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian", "powercut"},
+    | {"engines", "drivers", "formats", "filters", "faults", "place", "references", "guardian"}
+    | {"powercut"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
-    | {"units", "references", "listeners", "formats", "graph", "server", "guardian"},
+    | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"},
     "__main__": {"cli"},
 }
 

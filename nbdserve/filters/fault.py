@@ -4,13 +4,14 @@ Above a format it is the guest's disk that fails, below one the host's file. `Fa
 how whoever holds the node adds faults, takes them away and lets go what is stuck; what meets a
 fault is said in the log.
 
-Its ranges do not resolve and no flush takes a short way, so every request comes by here. A write
-with FUA is one request: what makes it durable is asked of the node below from here and meets no
-fault of its own. A write that is gathered from several buffers is one, too.
+While there are faults its ranges do not resolve and no flush takes a short way, so every request
+comes by here; while there are none it is not there. A write with FUA is one request: what makes it
+durable is asked of the node below from here and meets no fault of its own. A write that is gathered
+from several buffers is one, too.
 
 Decisions are injector.py's, waiting is holding.py's, a disk that is full is room.py's. A request
-that is held up says so to the front end (`on_wait`), in the order of the rules: it waits as all of
-them say, and is done or fails then.
+waits first, as all that it meets say and in their order, and is done or fails then. Those that wait
+say so to the front end (`on_wait`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdserve.block.filter import FilterNode
-from nbdserve.block.run import READ, WRITE
+from nbdserve.block.run import READ, WRITE, Miss
 from nbdserve.config import RateLimit, ThrottleLimits
 from nbdserve.errors import DisconnectError
 from nbdserve.filters.holding import Holding
@@ -32,7 +33,8 @@ from nbdserve.filters.throttle_group import ThrottleGroup
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from nbdserve.block.node import Buffer, Extent, Node
+    from nbdserve.block.node import Buffer, Done, Extent, Node
+    from nbdserve.block.run import Op, Resolution
     from nbdserve.faults import Fault
     from nbdserve.filters.injector import Hit, Rule
     from nbdserve.filters.throttle_group import ThrottleMember
@@ -64,12 +66,13 @@ class FaultControl:
         self._holding = Holding()
         self._room = Room(file, room)
         self._bandwidths: dict[Rule, ThrottleMember] = {}
+        self._draining = False
 
     def add(self, fault: Fault) -> Rule:
         """One more fault, behind all others: a handle, which counts what it `matched` and where
         it was `injected`."""
         rule = self._injector.add(fault)
-        if fault.bps:
+        if fault.bps and not self._draining:
             limits = ThrottleLimits(bps_total=RateLimit(fault.bps))
             self._bandwidths[rule] = ThrottleGroup(f"faults.{rule.number}", limits).join()
         return rule
@@ -78,13 +81,14 @@ class FaultControl:
         """It happens no more, and what it holds up is let go. Raises ValueError: there is none."""
         self._injector.rules.remove(rule)
         self._holding.let_go(rule)
-        if rule in self._bandwidths:
-            self._bandwidths.pop(rule).drain_begin()
+        bandwidth = self._bandwidths.pop(rule, None)
+        if bandwidth is not None:
+            bandwidth.drain_begin()
 
     def clear(self) -> None:
         """Remove all."""
-        while self._injector.rules:
-            self.remove(self._injector.rules[-1])
+        for rule in [*self._injector.rules]:
+            self.remove(rule)
 
     def release(self) -> int:
         """Let go all that are stuck; how many that were."""
@@ -112,6 +116,18 @@ class FaultControl:
     def seed(self) -> int:
         """What all that is random depends on."""
         return self._injector.seed
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request can meet anything."""
+        return not self._injector.rules and self.room is None
+
+    def drain_begin(self) -> None:
+        """Let go all that is held up, and hold nothing up from now on."""
+        self._draining = True
+        self._holding.drain_begin()
+        while self._bandwidths:
+            self._bandwidths.popitem()[1].drain_begin()
 
     def statistics(self) -> dict[str, object]:
         """seed, room, stuck, and of each rule by its number what it matched and did."""
@@ -150,7 +166,13 @@ class FaultNode(FilterNode):
 
     def _note(self, hit: Hit, request: _Request, what: str) -> None:
         number, match = hit.rule.number, hit.match
-        log.info("%s: %s %s [fault %d, match %d]", self.filename, request, what, number, match)
+        log.info("%s: %s %s [fault %d, match %d]", self._label, request, what, number, match)
+
+    @property
+    def _label(self) -> str:
+        """What the user calls it, or the image."""
+        given = self.node_name and not self.node_name.startswith("#")
+        return self.node_name if given else self.filename
 
     async def _meet(self, request: _Request) -> list[Hit]:
         """Hold a request up as its faults say. Raises OSError if it fails with nothing done; else
@@ -182,7 +204,7 @@ class FaultNode(FilterNode):
         if fault.bps:
             self._note(hit, request, f"shares {fault.bps} bytes a second")
             member = self.faults._bandwidths.get(hit.rule)
-            if member is not None:  # the rule was not removed meanwhile
+            if member is not None:  # neither removed meanwhile nor draining
                 await member.admit(READ if request.op == "read" else WRITE, request.length)
         if fault.stuck:
             self._note(hit, request, "is stuck")
@@ -217,7 +239,7 @@ class FaultNode(FilterNode):
             needed, left = error.needed, error.left
             log.info(
                 "%s: %s fails with ENOSPC: it needs %d bytes of room, %d are left [room]",
-                self.filename, request, needed, left,
+                self._label, request, needed, left,
             )  # fmt: skip
             raise
 
@@ -295,10 +317,20 @@ class FaultNode(FilterNode):
 
     # --- the node ------------------------------------------------------------------------------
 
+    def resolve(self, op: Op, offset: int, length: int) -> Resolution:
+        return self.file.resolve(op, offset, length) if self.faults.is_idle else Miss.OPAQUE
+
+    def allocate_nowait(self, offset: int, data: Buffer) -> bool:
+        return self.faults.is_idle and self.file.allocate_nowait(offset, data)
+
+    def flush_nowait(self) -> bool:
+        return self.faults.is_idle and self.file.flush_nowait()
+
+    def submit_flush(self, done: Done) -> bool:
+        return self.faults.is_idle and self.file.submit_flush(done)
+
     def drain_begin(self) -> None:
-        self.faults._holding.drain_begin()
-        for member in self.faults._bandwidths.values():
-            member.drain_begin()
+        self.faults.drain_begin()
 
     def statistics(self) -> dict[str, object]:
         return self.faults.statistics()
