@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics", "guardian"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
-    | {"units", "references", "listeners", "formats", "graph", "server", "guardian"},
+    | {"units", "references", "listeners", "formats", "graph", "server", "guardian", "powercut"},
     "__main__": {"cli"},
 }
 
