@@ -114,7 +114,7 @@ def _check_agreement(
 ) -> None:
     """Raises ConfigError if an option that was given says other than the uppermost node's own.
 
-    `common`: what the options mean, as fields of ImageConfig. `spelled`: what is before their names.
+    `common`: what the options mean, as fields of ImageConfig. `spelled`: goes before a name.
     """
     cache = common["cache"]
     both = (

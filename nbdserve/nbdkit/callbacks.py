@@ -173,12 +173,12 @@ def _close_image(image: Image) -> None:
 # --- connections --------------------------------------------------------------------------------
 
 
-def list_exports(readonly: bool, is_tls: bool) -> Sequence[tuple[str, str]]:  # noqa: FBT001
+def list_exports(readonly: bool, is_tls: bool) -> Sequence[tuple[str, str]]:
     export = plugin.parameters.export()
     return [(export.name, export.description)]
 
 
-def default_export(readonly: bool, is_tls: bool) -> str:  # noqa: FBT001
+def default_export(readonly: bool, is_tls: bool) -> str:
     return plugin.parameters.export().name
 
 
@@ -195,7 +195,7 @@ class Handle:
         self.write = disk.write
 
 
-def open(readonly: bool) -> Handle:  # noqa: A001, FBT001 - nbdkit's name
+def open(readonly: bool) -> Handle:
     name, wanted = nbdkit.export_name(), plugin.parameters.export().name
     with _told(), plugin.opening:
         if wanted and name not in ("", wanted):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import traceback
+from typing import Any
 
 __all__ = ["ThreadStates", "Told", "tell_in_one_line"]
 
@@ -67,11 +68,10 @@ class Told(Exception):
 def tell_in_one_line() -> None:
     """From now on a `Told` that nbdkit logs is its text. This process is nbdkit's: nobody else
     asks for it."""
-    whole = traceback.format_exception
+    whole: Any = traceback.format_exception
 
-    def format_exception(kind: object, value: object = None, tb: object = None) -> list[str]:
-        if isinstance(value, Told):
-            return [str(value)]
-        return whole(kind, value, tb)  # type: ignore[arg-type]
+    def format_exception(*error: object, **options: object) -> list[str]:
+        told = [str(part) for part in error if isinstance(part, Told)]
+        return told or list(whole(*error, **options))
 
     traceback.format_exception = format_exception  # type: ignore[assignment]
