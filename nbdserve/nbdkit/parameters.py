@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nbdserve.config import ThrottleLimits
     from nbdserve.imageopts import Options
 
-__all__ = ["PARAMETERS", "Parameters", "help_text"]
+__all__ = ["PARAMETERS", "Parameters", "for_reading"]
 
 
 def _one_of(words: Iterable[str]) -> Callable[[str], str]:
@@ -77,13 +77,6 @@ PARAMETERS = {
     "description": Parameter("Description shown to clients that list exports."),
 }  # fmt: skip
 """What there is beside the options of nodes; each as the option of that name in `serve`."""
-
-
-def help_text() -> str:
-    """A line for each parameter."""
-    width = max(map(len, PARAMETERS)) + 1
-    lines = [f"{name + '=':{width}}  {parameter.help}" for name, parameter in PARAMETERS.items()]
-    return "\n".join([*lines, "and options of nodes, as file.filename=, l2-cache-size=."])
 
 
 @dataclass(slots=True)
