@@ -56,7 +56,7 @@ def served(request: pytest.FixtureRequest) -> BehindNbdkit:
     return request.param
 
 
-FEW = 4
+FEW = 2
 """Cases of a test, of each variant, that are run without --matrix."""
 
 

@@ -1,7 +1,9 @@
 """The lock between trio's thread and others: who has it when, and that nobody is kept out."""
 
+import sys
 import threading
 
+import pytest
 import trio
 
 from nbdserve.nbdkit.turn import Turn
@@ -37,6 +39,16 @@ class Run:
         assert not self.thread.is_alive()
 
 
+@pytest.fixture
+def restless():
+    """Threads take turns at the interpreter as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
 def test_nothing_runs_beside_the_one_whose_turn_it_is():
     """Each adds to a number in two steps that another would come between."""
     total = 0
@@ -84,6 +96,28 @@ def test_a_busy_trio_lets_others_in():
         run.turn.enter()
         run.turn.leave()
     run.stop()
+
+
+def test_one_who_waits_has_it_before_trio_has_it_again():
+    """This thread plays trio's."""
+    turn, had = Turn(), []
+
+    def wait() -> None:
+        turn.enter()
+        had.append(True)
+        turn.leave()
+
+    turn.before_run()
+    for number in range(1, 51):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not turn._waiting:
+            pass
+        turn.before_io_wait(0)
+        turn.after_io_wait(0)
+        assert len(had) == number
+        thread.join(20)
+    turn.after_run()
 
 
 def test_busy_others_let_trio_in():
