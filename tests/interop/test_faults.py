@@ -1,4 +1,4 @@
-"""Faults as real clients see them, through a server process that was told of them by its options."""
+"""Faults as real clients see them, through a server process whose options say them."""
 
 import errno
 import json
