@@ -253,8 +253,8 @@ class LateRequests:
         return taken
 
     async def _run_next(self) -> None:
-        """Run the oldest that has none yet: trio begins tasks in any order, and the nodes shall meet
-        a client's requests in the client's."""
+        """Run the oldest that has no task yet: trio begins tasks in any order, and the nodes shall
+        meet a client's requests in the client's."""
         request, data, nb_bytes, began = self._starting.popleft()
         head, cookie, offset, length, _ = request
         reply: list[bytes | bytearray] = []
