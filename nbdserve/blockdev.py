@@ -20,7 +20,6 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from nbdserve.block.filter import find_filter
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.faults import parse_faults
 from nbdserve.imageopts import Options, children_of, options_of_name
@@ -263,7 +262,7 @@ def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOp
     driver = reader.text("driver")
     if driver in FILE_DRIVERS or (driver is None and is_child):
         return _file(reader, FILE_DRIVERS[driver] if driver else None)
-    custom = None if driver is None or driver in PARENTS else find_filter(driver)
+    custom = None if driver is None or driver in PARENTS else _find_filter(driver)
     if driver is not None and driver not in PARENTS and custom is None:
         known = ", ".join([*PARENTS, *FILE_DRIVERS])
         raise ConfigError(f"{path}driver: unknown driver {driver!r}; known are {known}")
@@ -367,6 +366,12 @@ def _power_cut(reader: _Reader, file: NodeOptions) -> PowerCutOptions:
         log=path,
         max_data=reader.size("max-data"),
     )
+
+
+def _find_filter(driver: str) -> type[FilterNode] | None:
+    from nbdserve.block.filter import find_filter  # imports trio, and is seldom needed
+
+    return find_filter(driver)
 
 
 def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:

@@ -55,7 +55,8 @@ MAY_IMPORT = {
     | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
-    | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"},
+    | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"}
+    | {"powercut"},
     "__main__": {"cli"},
 }
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "nbdserve.cli.serve",
     "qemu-nbd": "nbdserve.cli.qemu_nbd",
     "create": "nbdserve.cli.create",
+    "cut": "nbdserve.cli.cut",
 }
 """Subcommand -> the module whose ``command`` it is; imported when it is asked for."""
 

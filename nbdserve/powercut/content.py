@@ -196,6 +196,19 @@ class Content:
         """Make a range zeroes, as far as the content goes."""
         self.write_zeroes(offset, min(length, self.size - offset))
 
+    def take(self, other: Content, offset: int, length: int) -> None:
+        """Make a range what it is in another content, and share its pages."""
+        self.write_zeroes(offset, length)
+        end = min(offset + length, other.size)
+        while offset < end:
+            index, start = divmod(offset, PAGE)
+            piece = min(PAGE - start, end - offset)
+            if piece == PAGE:
+                self._put(index, other._page(index))
+            else:
+                self.write(offset, other.read(offset, piece))
+            offset += piece
+
     def _zero_within(self, index: int, start: int, stop: int) -> None:
         page = self._page(index)
         if page is not ZEROES:

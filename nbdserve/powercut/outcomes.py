@@ -36,7 +36,17 @@ if TYPE_CHECKING:
 
     from nbdserve.powercut.writelog import WriteLog
 
-__all__ = ["SECTOR", "Cut", "State", "all_cuts", "cut", "digest", "nb_stretches", "state_at"]
+__all__ = [
+    "SECTOR",
+    "Cut",
+    "State",
+    "States",
+    "all_cuts",
+    "cut",
+    "digest",
+    "nb_stretches",
+    "state_at",
+]
 
 SECTOR = 512
 WHOLE = 1 << 62
@@ -46,7 +56,7 @@ CHANCES = (0.1, 0.5, 0.9)
 # So many outcomes of a moment are gone through one after the other; of more some are drawn, and of
 # those of so many sectors in any case.
 ENUMERATED = 256
-MOST_SECTORS = 4096
+MOST_SECTORS = 512
 # A request is torn into so many pieces at most, which are larger then.
 MOST_PIECES = 1024
 # So many fruitless seeds one after the other, and a moment is believed to have no more outcomes.
@@ -149,11 +159,35 @@ class State:
         return self._with(choice)
 
     def _one_lost(self, chosen: int, seed: int) -> Images:
-        return self._apply({chosen: 0.0}, WHOLE, random.Random(0))
+        lost = self.changes[chosen].record
+        files = [content.copy() for content in self._everything]
+        content, base = files[lost.file], self.base[lost.file]
+        if lost.offset + lost.length >= content.size:  # the file may end sooner without it
+            return self._apply({chosen: 0.0}, WHOLE, random.Random(0))
+        content.take(base, lost.offset, lost.length)
+        for number, (record, _) in enumerate(self.changes):
+            if number != chosen and record.file == lost.file:
+                start = max(0, lost.offset - record.offset)
+                stop = min(record.length, lost.offset + lost.length - record.offset)
+                if start < stop:
+                    change(content, record, start, stop)
+        return tuple(files)
+
+    @cached_property
+    def _everything(self) -> Images:
+        return self.all_kept()
 
     def _one_kept(self, chosen: int, seed: int) -> Images:
-        return self._apply(dict.fromkeys(self._uncertain, 0.0) | {chosen: 1.0}, WHOLE,
-                           random.Random(0))
+        files = self._files()
+        for number in sorted([*self._blocked, chosen]):
+            record = self.changes[number].record
+            change(files[record.file], record)
+        return tuple(files)
+
+    @cached_property
+    def _blocked(self) -> list[int]:
+        """The changes that are certain, and not in the base."""
+        return [number for number, (_, certain) in enumerate(self.changes) if certain]
 
     def _kept_up_to(self, chosen: int, seed: int) -> Images:
         """What began before one request is kept, what began later lost, and the one torn."""
@@ -309,16 +343,21 @@ def cut(log: WriteLog, moment: int, seed: int) -> Images:
     return state_at(log, moment).outcome(seed)
 
 
-class _States:
-    """The states of a log's moments, sooner than one by one from the start."""
+class States:
+    """The states of a log's moments until `now`, sooner than one by one from the start."""
 
     def __init__(self, log: WriteLog) -> None:
-        self._records = log.until(len(log))
+        self.now = len(log)
+        self._first = log.first_moment
+        self._records = log.until(self.now)
         self._missing = len(log) - len(self._records)  # what the log has forgotten
         self._disks = [Disk(log.initial)]
         self._states: dict[int, State] = {}
 
     def at(self, moment: int) -> State:
+        """That of a moment. Raises ValueError: the log has no such moment."""
+        if not self._first <= moment <= self.now:
+            raise ValueError(f"moment {moment}: the write log has {self._first} to {self.now}")
         if moment not in self._states:
             while len(self._states) >= REMEMBERED:
                 del self._states[next(iter(self._states))]
@@ -352,7 +391,7 @@ def all_cuts(log: WriteLog, limit: int, *, seed: int = 0) -> Iterator[Cut]:
     spans = list(_spans(log))
     if limit < len(spans):
         spans = sorted(random.Random(seed).sample(spans, max(limit, 0)))
-    states = _States(log)
+    states = States(log)
     seeds = {last: itertools.count(seed * SEEDS) for _, last in spans}
     while spans:
         for number, (marks, last) in reversed(list(enumerate(spans))):

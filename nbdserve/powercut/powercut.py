@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdserve.powercut.outcomes import all_cuts, cut
+from nbdserve.powercut.outcomes import States, all_cuts, cut
 from nbdserve.powercut.writelog import MAX_DATA, WriteLog
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nbdserve.powercut.content import Content
     from nbdserve.powercut.outcomes import Images
 
-__all__ = ["Outcome", "PowerCut", "PowerLost", "outcomes_of"]
+__all__ = ["Outcome", "PowerCut", "PowerLost", "file_names", "outcome_of", "outcomes_of"]
 
 
 class PowerLost(OSError):
@@ -71,6 +71,7 @@ class PowerCut:
         self.log = WriteLog(max_data=MAX_DATA) if log is None else log
         self.is_cut = False
         self._given: dict[str, object] = {}
+        self._states: States | None = None
 
     def agree(
         self, history: bool | None = None, max_data: int | None = None, log: str | None = None
@@ -106,7 +107,9 @@ class PowerCut:
 
     def outcome(self, moment: int, seed: int) -> Outcome:
         """What is left if the power goes at a moment. Raises ValueError: there is no such one."""
-        return _outcome(self.log, moment, cut(self.log, moment, seed), seed)
+        if self._states is None or self._states.now != len(self.log):
+            self._states = States(self.log)
+        return _outcome(self.log, moment, self._states.at(moment).outcome(seed), seed)
 
     def all_cuts(self, limit: int, seed: int = 0) -> Iterator[Outcome]:
         """Distinct outcomes, at most `limit`, evenly over the whole log; over the present moment
@@ -119,6 +122,15 @@ def outcomes_of(log: WriteLog, limit: int, seed: int = 0) -> Iterator[Outcome]:
     """`PowerCut.all_cuts` of a log that was loaded."""
     for moment, images, number in all_cuts(log, limit, seed=seed):
         yield _outcome(log, moment, images, number)
+
+
+def outcome_of(
+    log: WriteLog, moment: int, seed: int = 0, *, replay: bool = False
+) -> Outcome:
+    """`PowerCut.outcome` of a log that was loaded. `replay`: not the power goes but the process,
+    and all is there that had begun. Raises ValueError: there is no such moment."""
+    images = tuple(log.replay(moment)) if replay else cut(log, moment, seed)
+    return _outcome(log, moment, images, seed)
 
 
 def _outcome(log: WriteLog, moment: int, images: Images, seed: int) -> Outcome:

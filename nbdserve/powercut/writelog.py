@@ -105,13 +105,18 @@ class WriteLog:
         `end`. Raises LogFull, and OSError if it cannot be streamed; the log is as it was then."""
         length, stored = (data, b"") if isinstance(data, int) else (len(data), data)
         room = RECORD_SIZE + len(stored)
-        if self.max_data is not None and self.size + room > self.max_data:
+        if not self._has(room) and not self.history:
+            self.forget()
+        if not self._has(room):
             raise LogFull(errno.ENOMEM, f"the write log is full ({self.max_data} bytes)")
         number = self._numbers
         self._add(Record(kind, file, number, offset, length, stored))
         self._size += room
         self._under_way[number] = kind, file
         return number
+
+    def _has(self, room: int) -> bool:
+        return self.max_data is None or self.size + room <= self.max_data
 
     def end(self, number: int, *, durable: bool = False) -> None:
         """The request has returned, without an error. `durable`: a write by FUA."""

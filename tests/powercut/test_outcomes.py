@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from nbdserve.powercut.outcomes import all_cuts, cut, digest, nb_stretches, state_at
+from nbdserve.powercut.outcomes import States, all_cuts, cut, digest, nb_stretches, state_at
 from nbdserve.powercut.writelog import Kind, WriteLog
 
 S = 512
@@ -112,21 +112,20 @@ def test_what_makes_no_difference_is_no_outcome(log):
     assert outcomes(log) == ["aaaa"]
 
 
-def random_log(seed):
+def random_log(seed, length=9, *, history=True):
     chooser = random.Random(seed)
-    log = WriteLog([sectors("ab"), sectors("c")])
+    log = WriteLog([sectors("ab"), sectors("c")], history=history)
     begun = []
-    for number in range(9):
+    for number in range(length):
         kind = chooser.choice((Kind.WRITE, Kind.WRITE, Kind.WRITE, Kind.WRITE_ZEROES,
                                Kind.DISCARD, Kind.FLUSH))
         offset, length = chooser.choice(((0, S), (S, S), (0, 2 * S), (100, 600), (3 * S, 40)))
         data = bytes([65 + number]) * length if kind is Kind.WRITE else length
         file = chooser.randrange(2)
-        begun.append(log.begin(kind, file) if kind is Kind.FLUSH
-                     else log.begin(kind, file, offset, data))
+        begun.append((log.begin(kind, file) if kind is Kind.FLUSH
+                      else log.begin(kind, file, offset, data), kind is Kind.WRITE))
         while begun and chooser.random() < 0.6:
-            number = begun.pop(chooser.randrange(len(begun)))
-            is_write = log.records[number].kind is Kind.WRITE
+            number, is_write = begun.pop(chooser.randrange(len(begun)))
             log.end(number, durable=is_write and chooser.random() < 0.2)
     return log
 
@@ -247,3 +246,89 @@ def test_a_limit_is_kept_and_spread():
             assert len({moment for moment, _, _ in cuts}) > 15
     assert list(all_cuts(log, 50, seed=1)) == list(all_cuts(log, 50, seed=1))
     assert list(all_cuts(log, 50, seed=1)) != list(all_cuts(log, 50, seed=2))
+
+
+# --- many outcomes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many():
+    """Forty writes of 64 sectors, which overlap, and a durable one among them."""
+    log = WriteLog([sectors("a" * 100), sectors("b")])
+    for number in range(40):
+        write(log, number * 40, chr(48 + number) * 64, durable=number == 20)
+    write(log, 3, "z", file=1)
+    return log
+
+
+def test_seeds_go_through_what_shows_most_first(many):
+    state = state_at(many, len(many))
+    assert state.nb_outcomes is None
+    assert state.outcome(0) == state.nothing_kept()
+    assert state.outcome(1) == state.all_kept()
+    lost, kept = set(), set()
+    for seed in range(2, 2 + 5 * 40):
+        found = letters(state.outcome(seed)[0])
+        for number in range(40):
+            letter = chr(48 + number)
+            if letter not in found and all(chr(48 + other) in found for other in range(40)
+                                           if other != number):
+                lost.add(number)
+            if letter in found and set(found) <= set("a.D" + letter):
+                kept.add(number)
+    assert lost >= set(range(40)) - {20}
+    assert len(kept) >= 39
+
+
+def test_the_short_ways_are_right(many):
+    """One lost, and one kept, are made otherwise than by doing all the rest."""
+    state = state_at(many, len(many))
+    for chosen, (_, certain) in enumerate(state.changes):
+        if not certain:
+            others = {number: 0.0 for number in state._uncertain if number != chosen}
+            nothing = random.Random(0)
+            assert state._one_lost(chosen, 0) == state._apply({chosen: 0.0}, 1 << 62, nothing)
+            assert state._one_kept(chosen, 0) == state._apply(others, 1 << 62, nothing)
+
+
+def test_a_search_with_another_seed_begins_otherwise(many):
+    one, other = (list(all_cuts(many, 60, seed=seed)) for seed in (3, 4))
+    assert len({digest(found.images) for found in one + other}) > 100
+    for moment, images, seed in one:
+        assert cut(many, moment, seed) == images
+
+
+def test_a_long_log_has_the_states_of_its_moments():
+    """They are found from checkpoints, not from the start."""
+    log = WriteLog([bytes(100 * S)])
+    chooser = random.Random(1)
+    for number in range(1500):
+        write(log, chooser.randrange(99), chr(97 + number % 26), durable=number % 7 == 0)
+        if number % 50 == 0:
+            flush(log)
+    states = States(log)
+    for moment in chooser.sample(range(len(log) + 1), 60):
+        assert states.at(moment).outcome(5) == state_at(log, moment).outcome(5)
+    with pytest.raises(ValueError, match=f"moment {len(log) + 1}: the write log has 0 to"):
+        states.at(len(log) + 1)
+
+
+# --- a log that forgets ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_log_that_forgets_has_the_same_outcomes_now(seed):
+    full, forgetful = random_log(seed, 30), random_log(seed, 30, history=False)
+    assert len(full) == len(forgetful)
+    assert forgetful.first_moment > 0
+    assert len(forgetful.records) < len(full.records)
+    now = len(full)
+    one, other = state_at(full, now), state_at(forgetful, now)
+    assert one.base == other.base
+    assert [(record[3:], sure) for record, sure in one.changes] == [
+        (record[3:], sure) for record, sure in other.changes]
+    assert [cut(full, now, number) for number in range(20)] == [
+        cut(forgetful, now, number) for number in range(20)]
+    assert {found.moment for found in all_cuts(forgetful, 50)} == {now}
+    with pytest.raises(ValueError, match="moment 0: the write log has"):
+        cut(forgetful, 0, 0)
