@@ -138,10 +138,18 @@ class PowerCutNode(FilterNode):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
-        async with self._logged(Kind.WRITE_ZEROES, offset, length):
-            await self.file.write_zeroes(
-                offset, length, may_unmap=may_unmap, fallback=fallback
-            )
+        async with self._ranges.hold(offset, offset + length - 1):
+            number = self._begin(Kind.WRITE_ZEROES, offset, length)
+            try:
+                await self.file.write_zeroes(
+                    offset, length, may_unmap=may_unmap, fallback=fallback
+                )
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP and not fallback:
+                    self._check_power()
+                    self.log.refused(number)
+                raise
+            self._end(number)
 
     async def discard(self, offset: int, length: int) -> None:
         async with self._logged(Kind.DISCARD, offset, length):

@@ -79,3 +79,14 @@ async def test_what_fails_has_not_returned():
     with pytest.raises(OSError, match="no space"):
         await logged.write(0, b"a" * 512)
     assert [record.kind for record in logged.log.records] == [Kind.WRITE]
+
+
+async def test_zeroes_that_would_not_be_fast_have_done_nothing():
+    file = MemoryFile(b"a" * 4096)
+    file.zeroes_fast = False
+    logged = await log_writes(file, PowerCut())
+    with pytest.raises(OSError, match="fast") as refused:
+        await logged.write_zeroes(0, 512, may_unmap=False, fallback=False)
+    assert refused.value.errno == 95
+    assert [record.kind for record in logged.log.records] == [Kind.WRITE_ZEROES, Kind.NOTHING]
+    assert bytes(logged.power_cut.cut(seed=1).content) == file.content == b"a" * 4096
