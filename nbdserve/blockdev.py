@@ -20,8 +20,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from nbdserve.block.filter import find_filter
 from nbdserve.errors import ConfigError, ImageError
+from nbdserve.faults import parse_faults
 from nbdserve.imageopts import Options, children_of, options_of_name
 from nbdserve.units import parse_size
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nbdserve.block.filter import FilterNode
+    from nbdserve.faults import Fault
     from nbdserve.imageopts import Scalar
     from nbdserve.powercut.content import Content
 
@@ -41,6 +42,7 @@ __all__ = [
     "CustomOptions",
     "DetectZeroes",
     "Discard",
+    "FaultOptions",
     "FileOptions",
     "FilterOptions",
     "MemoryOptions",
@@ -90,6 +92,9 @@ MAX_NODE_NAME = 31
 """Bytes; QEMU keeps node names in 32 bytes."""
 
 SECTOR = 512
+
+MAX_DIGITS = 20
+"""Of a number that is no size: int() is never handed a megabyte."""
 
 MIN_REFCOUNT_CACHE = 256 << 10
 """Bytes of a cache-size that go to refcounts: four blocks of 64 KiB (MIN_REFCOUNT_CACHE_SIZE)."""
@@ -165,6 +170,15 @@ class ThrottleOptions(FilterOptions):
     """The filter that limits what passes, by the limits of a group."""
 
     group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultOptions(FilterOptions):
+    """The filter whose requests fail. `room`: bytes of new space that are left; None: no end."""
+
+    faults: tuple[Fault, ...] = ()
+    seed: int = 0
+    room: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +262,7 @@ def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOp
     driver = reader.text("driver")
     if driver in FILE_DRIVERS or (driver is None and is_child):
         return _file(reader, FILE_DRIVERS[driver] if driver else None)
-    custom = None if driver is None or driver in PARENTS else find_filter(driver)
+    custom = None if driver is None or driver in PARENTS else _find_filter(driver)
     if driver is not None and driver not in PARENTS and custom is None:
         known = ", ".join([*PARENTS, *FILE_DRIVERS])
         raise ConfigError(f"{path}driver: unknown driver {driver!r}; known are {known}")
@@ -327,6 +341,19 @@ def _throttle(reader: _Reader, file: NodeOptions) -> ThrottleOptions:
     return reader.finish(ThrottleOptions, "throttle", file=file, group=group)
 
 
+def _fault(reader: _Reader, file: NodeOptions) -> FaultOptions:
+    if reader.text("faults") is not None:
+        raise ConfigError(f"{reader.path}faults: it is a list, as {reader.path}faults.0.error=EIO")
+    return reader.finish(
+        FaultOptions,
+        "fault",
+        file=file,
+        faults=parse_faults(reader.child("faults") or {}, f"{reader.path}faults."),
+        seed=reader.integer("seed") or 0,
+        room=reader.size("room"),
+    )
+
+
 def _power_cut(reader: _Reader, file: NodeOptions) -> PowerCutOptions:
     path = reader.text("log")
     if path == "":
@@ -339,6 +366,12 @@ def _power_cut(reader: _Reader, file: NodeOptions) -> PowerCutOptions:
         log=path,
         max_data=reader.size("max-data"),
     )
+
+
+def _find_filter(driver: str) -> type[FilterNode] | None:
+    from nbdserve.block.filter import find_filter  # imports trio, and is seldom needed
+
+    return find_filter(driver)
 
 
 def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:
@@ -356,6 +389,7 @@ PARENTS: dict[str, Callable[[_Reader, NodeOptions], NodeOptions]] = {
     "qcow2": _qcow2,
     "raw": _raw,
     "throttle": _throttle,
+    "fault": _fault,
     "power-cut": _power_cut,
 }
 """Drivers that stand on another node, by name."""
@@ -388,6 +422,13 @@ class _Reader:
             return parse_size(str(value), f"{self.path}{key}")
 
         return self._take(key, "a size in bytes", convert)
+
+    def integer(self, key: str) -> int | None:
+        def convert(value: Scalar) -> int | None:
+            text = str(value)
+            return int(text) if text.isdecimal() and len(text) < MAX_DIGITS else None
+
+        return self._take(key, "a number", convert)
 
     def choice(self, key: str, known: Mapping[str, T]) -> T | None:
         def convert(value: Scalar) -> T | None:

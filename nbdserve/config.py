@@ -23,6 +23,8 @@ from nbdserve.references import ANY_FILE, References
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from nbdserve.faults import Fault
+
 DEFAULT_PORT = 10809
 """The port IANA assigned to NBD."""
 
@@ -178,7 +180,8 @@ class ImageConfig:
     ``options`` give the tree node by node, and ``filename`` is then what the image is called.
     What else is here is for the nodes that have no such option of their own; ``aio`` None is the
     fastest I/O engine that is correct. ``offset`` is in bytes: the served disk begins there in
-    the guest's disk. ``references``: the files that images may name themselves.
+    the guest's disk. ``references``: the files that images may name themselves. ``faults``: what
+    goes wrong with the disk as it is served, above all nodes.
     """
 
     filename: str
@@ -193,6 +196,7 @@ class ImageConfig:
     force_share: bool = False
     options: NodeOptions | None = None
     references: References = ANY_FILE
+    faults: tuple[Fault, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.filename:

@@ -5,7 +5,8 @@ that names the file or the option and says what is wrong with it; and an errno,
 so that the same error met while serving can be answered to an NBD client.
 
 What does *not* live here: a failing read or write of a healthy image is a plain
-OSError with its errno all the way up the block stack, and a client that breaks
+OSError with its errno all the way up the block stack (`DisconnectError` is one that
+front ends know), and a client that breaks
 the NBD protocol is the front end's business. Nothing raised here is a bug of
 ours; bugs are ordinary Python exceptions and are never caught as one of these.
 """
@@ -60,6 +61,13 @@ class LockedError(ImageError):
     """Another process holds a lock on the image that excludes what we want to do with it."""
 
     default_errno = errno.EAGAIN
+
+
+class DisconnectError(ConnectionAbortedError):
+    """A request that shall have no reply: whoever asked loses his connection."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ECONNABORTED, "the client is disconnected, as a fault says")
 
 
 @contextmanager

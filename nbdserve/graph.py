@@ -93,6 +93,8 @@ async def open_backend(
     try:
         if config.offset:
             root = opener.window(root, config.offset)
+        if config.faults:
+            root = opener.faulty(root, config.faults)
         # What is still running when the body is left, requests and the nodes' own tasks, is cut
         # off before nodes close.
         with _membership(config, shared.groups) as throttle:
@@ -116,6 +118,8 @@ async def open_backend(
                 )
                 nursery.cancel_scope.cancel()
     finally:
+        for node in opener.opened:
+            node.drain_begin()  # closing writes, too
         with trio.CancelScope(shield=True):
             for engine in opener.engines:
                 await engine.idle()  # reads that were submitted, which no task waits for

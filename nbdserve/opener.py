@@ -24,6 +24,7 @@ from nbdserve.block.filter import FilterNode
 from nbdserve.block.node import Leaf
 from nbdserve.blockdev import (
     CustomOptions,
+    FaultOptions,
     FileOptions,
     FilterOptions,
     MemoryOptions,
@@ -40,6 +41,7 @@ from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.memory import MemoryNode
 from nbdserve.drivers.open import open_file
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
+from nbdserve.filters.fault import FaultNode
 from nbdserve.filters.power_cut import PowerCutNode, log_writes
 from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
@@ -52,13 +54,14 @@ from nbdserve.place import Place, Use
 from nbdserve.powercut.powercut import PowerCut, PowerLost
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from nbdserve.block.node import Node
     from nbdserve.block.redo import RedoLog
     from nbdserve.blockdev import NodeOptions
     from nbdserve.engines.engine import Engine
     from nbdserve.engines.start import Engines
+    from nbdserve.faults import Fault
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.guardian import Guardian, Ward
@@ -145,6 +148,10 @@ class Opener:
                 f"--offset: {offset} is beyond the end of {root.filename} ({root.size} bytes)"
             )
         return self._add(RawNode(root, offset=offset), None)
+
+    def faulty(self, root: Node, faults: Iterable[Fault]) -> Node:
+        """The uppermost node behind faults."""
+        return self._add(FaultNode(root, faults), None)
 
     async def _open(self, options: NodeOptions, settings: Effective, place: Place) -> Node:
         if isinstance(options, FileOptions):
@@ -261,6 +268,9 @@ class Opener:
         if member is None:
             raise ConfigError(f"{path}throttle-group: there is no group {options.group!r}")
         return ThrottleNode(file, member)
+
+    def _fault(self, file: Node, options: FaultOptions, path: str) -> FaultNode:
+        return FaultNode(file, options.faults, seed=options.seed, room=options.room)
 
     def _custom(self, file: Node, options: CustomOptions, path: str) -> FilterNode:
         try:
@@ -431,6 +441,7 @@ DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
     Qcow2Options: Opener._open_qcow2,
     RawOptions: Opener._open_raw,
     ThrottleOptions: Opener._open_filter,
+    FaultOptions: Opener._open_filter,
     PowerCutOptions: Opener._open_power_cut,
     CustomOptions: Opener._open_filter,
 }
@@ -439,6 +450,7 @@ and so is open)."""
 
 FILTERS: dict[type[FilterOptions], Callable[..., FilterNode]] = {
     ThrottleOptions: Opener._throttle,
+    FaultOptions: Opener._fault,
     CustomOptions: Opener._custom,
 }
 """What makes each kind of filter: (opener, its child, options, what stands before their names)."""

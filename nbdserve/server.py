@@ -4,15 +4,16 @@ The order is the law of this module:
 
 1. the image is opened. If it is refused, no socket was made and nothing written;
 2. sockets listen, the pid file is written, and only then is readiness announced;
-3. clients are accepted until a signal comes or, if not persistent, the last has left;
+3. clients are accepted until somebody stops it or, if not persistent, the last has left;
 4. stop: the sockets close, throttled requests are let go, every connection is asked to
    finish what is in flight, and after SHUTDOWN_TIMEOUT those that have not are cut off;
 5. the image is flushed and closed, then socket and pid file go. Whoever sees them
    gone may open the image.
 
-Signals are received from before 1 until after 5, so that a second one interrupts
-nothing. SIGUSR1 stops nothing: it has the statistics logged, which is also done at the end
-if the server is verbose. What one connection does wrong ends that connection alone.
+`open_server` is that for a body, in any trio program. `serve` is a process's: it stops by signals,
+which are received from before 1 until after 5, so that a second one interrupts nothing. SIGUSR1
+stops nothing: it has the statistics logged, which is also done at the end if the server is verbose.
+What one connection does wrong ends that connection alone.
 
 Life cycle and client limit follow qemu-nbd (``nbd_accept``, ``nbd_client_closed``,
 ``nbd_update_server_watch``): at the limit nobody is turned away, the next client waits
@@ -23,10 +24,7 @@ one that only listed the exports, does not count as the last one.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
-import os
 import signal
 import socket
 from dataclasses import dataclass
@@ -34,13 +32,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from nbdserve.errors import ConfigError
 from nbdserve.graph import open_backend, shared_by_drives
 from nbdserve.listeners import Listeners, nbd_uri, open_listeners
 from nbdserve.nbd.budget import TICK, Budget
 from nbdserve.nbd.connection import Connection
 from nbdserve.nbd.export import Export
 from nbdserve.nbd.poller import Poller
+from nbdserve.pidfile import pid_file
 from nbdserve.statistics import log_statistics, plain
 
 if TYPE_CHECKING:
@@ -113,7 +111,11 @@ async def serve(
             wishes = _Wishes()
             nursery.start_soon(_watch_signals, signals, wishes)
             try:
-                await _serve_until(wishes, config, on_ready, guardian)
+                async with open_server(config, guardian=guardian) as server:
+                    wishes.report = server.log_statistics
+                    on_ready(server.ready)
+                    nursery.start_soon(_stop_when_wished, wishes, server)
+                    await server.stopped.wait()
             finally:
                 if config.verbose:
                     wishes.report()
@@ -128,13 +130,26 @@ class _Wishes:
         self.report: Callable[[], None] = lambda: None
 
 
-async def _serve_until(
-    wishes: _Wishes,
-    config: ServeConfig,
-    on_ready: Callable[[Ready], None],
-    guardian: Guardian | None,
-) -> None:
-    with contextlib.ExitStack() as at_end, shared_by_drives(config.groups, guardian) as shared:
+async def _stop_when_wished(wishes: _Wishes, server: Server) -> None:
+    await wishes.stop.wait()
+    server.stop()
+
+
+@contextlib.asynccontextmanager
+async def open_server(
+    config: ServeConfig, *, guardian: Guardian | None = None
+) -> AsyncIterator[Server]:
+    """A server that accepts clients while the body runs, in any thread that runs trio.
+
+    It has no signals: `Server.stop` is how to end it, as is leaving the body, which returns when
+    the image is closed. If the body raises or is cancelled, clients are cut off at once. Raises as
+    `serve`, and what the body raises.
+    """
+    with (
+        _single_exception(),
+        contextlib.ExitStack() as at_end,
+        shared_by_drives(config.groups, guardian) as shared,
+    ):
         async with contextlib.AsyncExitStack() as drives:
             exports = []
             for image, what in config.served():
@@ -145,32 +160,32 @@ async def _serve_until(
             at_end.callback(listeners.remove)
             if config.pid_file is not None:
                 at_end.enter_context(pid_file(config.pid_file))
-            uris = [nbd_uri(listeners.where, export.name) for export in exports]
-            first = exports[0].backend
-            on_ready(Ready(uris[0], listeners.where, first.size, first.read_only, uris[1:]))
-            for export, uri in zip(exports, uris, strict=True):
+            server = Server(listeners, exports, config)
+            for export, uri in zip(exports, server.uris, strict=True):
                 log.info("serving %s at %s", export.backend.filename, uri)
-            server = _Server(listeners, exports, config, wishes.stop)
-            wishes.report = server.log_statistics
-            await server.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.run)
+                try:
+                    yield server
+                finally:
+                    server.stop()
 
 
-class _Server:
-    """The accept loops and the connections of one run."""
+class Server:
+    """The accept loops and the connections of one run. `uris`: of all `exports`, in order.
+    `stopped`: it was asked to stop, or the last client has left if that is its end."""
 
     def __init__(
-        self,
-        listeners: Listeners,
-        exports: Sequence[Export],
-        config: ServeConfig,
-        stop: trio.Event,
+        self, listeners: Listeners, exports: Sequence[Export], config: ServeConfig
     ) -> None:
+        self.exports = exports
+        self.uris = [nbd_uri(listeners.where, export.name) for export in exports]
+        self.stopped = trio.Event()
         self._listeners = listeners
-        self._exports = exports
         self._max_clients = config.max_clients
         self._persistent = config.persistent
-        self._stop = stop
         self._connections: dict[Connection, str] = {}  # with the client's name
+        self._scopes: dict[Connection, trio.CancelScope] = {}
         self._nb_accepted = 0
         self._started = trio.current_time()
         self._room = trio.lowlevel.ParkingLot()
@@ -182,8 +197,24 @@ class _Server:
         for export in exports:
             export.backend.on_wait = self._poller.waits
 
+    @property
+    def ready(self) -> Ready:
+        """What can be told of it."""
+        first = self.exports[0].backend
+        where, (uri, *others) = self._listeners.where, self.uris
+        return Ready(uri, where, first.size, first.read_only, others)
+
+    def stop(self) -> None:
+        """Take no more clients, have those there are finish what is in flight, and end."""
+        self.stopped.set()
+
+    def disconnect(self) -> None:
+        """Drop all clients, without a word and whatever they wait for; others may come."""
+        for scope in self._scopes.values():
+            scope.cancel()
+
     async def run(self) -> None:
-        """Accept until ``stop``; return when every connection has ended or was cut off."""
+        """Accept until ``stopped``; return when every connection has ended or was cut off."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._poller.run)
             nursery.start_soon(self._watch_memory)
@@ -196,10 +227,10 @@ class _Server:
             async with trio.open_nursery() as acceptors:
                 for listener in self._listeners.sockets:
                     acceptors.start_soon(self._accept_loop, listener, clients)
-                await self._stop.wait()
+                await self.stopped.wait()
                 acceptors.cancel_scope.cancel()
             self._listeners.close()
-            for export in self._exports:
+            for export in self.exports:
                 export.backend.drain_begin()
             for connection in self._connections:
                 connection.shutdown()
@@ -244,7 +275,7 @@ class _Server:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setblocking(False)
             connection = Connection(
-                sock, self._exports, self._poller,
+                sock, self.exports, self._poller,
                 budget=self._budget, log=log.getChild("client"),
             )  # fmt: skip
             name = "{}:{}".format(*address[:2]) if address else "on the unix socket"
@@ -257,18 +288,19 @@ class _Server:
     ) -> None:
         log.info("client %s connected", name)
         try:
-            await connection.run()
+            with trio.CancelScope() as self._scopes[connection]:
+                await connection.run()
         except Exception as error:
             # A bug of ours; the other clients shall not suffer from it.
             log.error("client %s: internal error: %r", name, error)
             log.debug("client %s", name, exc_info=True)
         finally:
             sock.close()
-            self._connections.pop(connection)
+            del self._connections[connection], self._scopes[connection]
             self._room.unpark_all()
         log.info("client %s left", name)
         if not self._persistent and not self._connections and connection.negotiated:
-            self._stop.set()
+            self.stopped.set()
 
     def statistics(self) -> dict[str, object]:
         """All counters there are, as json can hold them; docs/statistics.md says what they mean."""
@@ -279,7 +311,7 @@ class _Server:
                 "accepted": self._nb_accepted,
                 "memory": self._budget.statistics(),
                 "exports": {
-                    export.name: export.backend.statistics() for export in self._exports
+                    export.name: export.backend.statistics() for export in self.exports
                 },
                 "connections": [
                     {"client": name, **connection.statistics()}
@@ -315,51 +347,6 @@ def _backlog(config: ServeConfig) -> int:
     if config.persistent or config.max_clients == 0:
         return socket.SOMAXCONN
     return min(config.max_clients, socket.SOMAXCONN)
-
-
-@contextlib.contextmanager
-def pid_file(path: str) -> Generator[None]:
-    """Hold a file with our process id, locked; it is removed at the end.
-
-    Follows QEMU's ``qemu_write_pidfile``: mode 0600, one line, a lock that a second server
-    naming the same file runs into. (qemu-nbd leaves the file behind; a stale one invites
-    killing a stranger.)
-
-    :raises ConfigError: the file cannot be written, or another process holds it.
-    """
-    try:
-        fd = _open_locked(path)
-        try:
-            os.ftruncate(fd, 0)
-            os.write(fd, b"%d\n" % os.getpid())
-        except OSError:
-            os.close(fd)
-            raise
-    except OSError as error:
-        reason = "another process holds it" if error.errno == errno.EAGAIN else error.strerror
-        raise ConfigError(f"--pid-file: {path}: {reason}", error.errno) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        os.close(fd)
-
-
-def _open_locked(path: str) -> int:
-    while True:
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder may have removed the file between our open and our lock.
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(fd)
-            raise
-        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def plain(value: object) -> Any:  # noqa: ANN401 - whatever json takes
 
 
 def log_statistics(tree: Tree) -> None:
-    """Log a server's tree (_Server.statistics)."""
+    """Log a server's tree (Server.statistics)."""
     for line in lines(tree):
         log.info("%s", line)
 

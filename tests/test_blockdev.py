@@ -165,8 +165,8 @@ def test_json_values_have_types():
         ("driver=file,filename=", "filename must be given"),
         (
             "driver=",
-            "driver: unknown driver ''; known are qcow2, raw, throttle, power-cut, file,"
-            " host_device",
+            "driver: unknown driver ''; known are qcow2, raw, throttle, fault, power-cut,"
+            " file, host_device",
         ),
         ("driver=vmdk,file.filename=a", "driver: unknown driver 'vmdk'"),
         ("driver=qcow2,file.driver=nbd", "file.driver: unknown driver 'nbd'"),

@@ -27,30 +27,36 @@ MAY_IMPORT = {
     "errors": set(),
     "units": {"errors"},
     "imageopts": {"errors"},
-    "blockdev": {"errors", "units", "imageopts", "block", "powercut"},
+    "faults": {"errors", "units", "imageopts"},
+    "blockdev": {"errors", "units", "imageopts", "faults", "block", "powercut"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
-    "config": {"errors", "references"} | NODE_OPTIONS,
+    "config": {"errors", "references", "faults"} | NODE_OPTIONS,
     "listeners": {"errors", "config"},
     "statistics": {"block"},
+    "pidfile": {"errors"},
     "block": {"errors"},
     "engines": {"errors"},
     "drivers": BLOCK_STACK | {"engines", "powercut"},
     "formats": BLOCK_STACK | {"engines"},
-    "filters": BLOCK_STACK | {"powercut"},
+    "filters": BLOCK_STACK | {"powercut", "faults"},
     "nbd": {"errors", "block"},
     "powercut": {"errors"},
     "place": NODE_OPTIONS | {"errors", "drivers", "block"},
     "guardian": {"block", "drivers", "errors"},
     "opener": BLOCK_STACK | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "place", "references", "guardian", "powercut"},
+    | {"engines", "drivers", "formats", "filters", "faults", "place", "references", "guardian"}
+    | {"powercut"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
-    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "statistics", "guardian"},
+    "server": BLOCK_STACK | {"listeners", "nbd", "graph", "pidfile", "statistics", "guardian"},
+    "testing": BLOCK_STACK
+    | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
-    | {"units", "references", "listeners", "formats", "graph", "server", "guardian", "powercut"},
+    | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"}
+    | {"powercut"},
     "__main__": {"cli"},
 }
 

@@ -6,13 +6,14 @@ import pytest
 
 from nbdserve import place as place_module
 from nbdserve.blockdev import FileOptions
+from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.locks import PERMISSIONS, Permission, Role
 from nbdserve.errors import ImageError, LockedError
 from nbdserve.inherit import Effective
 from nbdserve.place import MAX_CHAIN, ROLES, Place, Use
 
 
-class File:
+class File(FileNode):
     """As much of a FileNode as a place asks for; refuses so many locks first."""
 
     def __init__(self, path, refusals=0):

@@ -27,12 +27,13 @@ from nbdserve.config import (
 )
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.listeners import open_listeners
+from nbdserve.pidfile import pid_file
 
 LONG = 10.0
 
 HOLD_PID_FILE = """
 import sys
-from nbdserve.server import pid_file
+from nbdserve.pidfile import pid_file
 with pid_file(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()
@@ -536,7 +537,7 @@ async def test_the_pid_file_is_there_when_ready_and_gone_at_the_end(folder, worl
 def test_an_old_pid_file_is_overwritten(folder):
     path = folder / "pid"
     path.write_text("99999999999\nold\n")
-    with server.pid_file(str(path)):
+    with pid_file(str(path)):
         assert path.read_text() == f"{os.getpid()}\n"
 
 
@@ -551,7 +552,7 @@ def test_a_pid_file_that_another_process_holds_is_refused(folder):
         assert holder.stdout.readline() == b"held\n"
         with (
             pytest.raises(ConfigError, match=r"--pid-file: .*another process holds it"),
-            server.pid_file(str(path)),
+            pid_file(str(path)),
         ):
             pass
         assert path.read_text() == f"{holder.pid}\n"
@@ -566,3 +567,62 @@ async def test_a_pid_file_that_cannot_be_written_is_one_error(folder, world):
         await server.serve(config, on_ready=lambda ready: pytest.fail("not ready"))
     assert world.happened == ["opened", "closed"]
     assert list(folder.iterdir()) == []
+
+
+# --- in another program ---------------------------------------------------------------------------
+
+
+async def test_a_body_has_a_server_and_its_end_is_the_end_of_it(folder, world):
+    async with server.open_server(config_for(folder / "s")) as running:
+        assert running.uris == [f"nbd+unix:///?socket={folder}/s"]
+        async with await dial(folder / "s") as stream:
+            assert await say(stream, b"go") == b"ok\n"
+            assert running.statistics()["clients"] == 1
+    assert world.happened == ["opened", "drained", "closed"]
+    assert not (folder / "s").exists()
+
+
+async def test_it_needs_neither_the_main_thread_nor_signals(folder, world):
+    async def body():
+        async with server.open_server(config_for(folder / "s")):
+            return (folder / "s").exists()
+
+    assert await trio.to_thread.run_sync(trio.run, body)
+
+
+async def test_what_the_body_raises_comes_out_as_it_is(folder, world):
+    with pytest.raises(ZeroDivisionError):
+        async with server.open_server(config_for(folder / "s")):
+            raise ZeroDivisionError
+    assert world.happened == ["opened", "closed"]
+
+
+async def test_a_cancelled_body_closes_the_image(folder, world):
+    with trio.CancelScope() as scope:
+        async with server.open_server(config_for(folder / "s")):
+            scope.cancel()
+            await trio.sleep_forever()
+    assert world.happened == ["opened", "closed"]
+
+
+async def test_that_it_has_stopped_is_told(folder, world):
+    with trio.fail_after(LONG):
+        async with server.open_server(config_for(folder / "s", persistent=False)) as running:
+            stream = await dial(folder / "s")
+            await say(stream, b"go")
+            await stream.aclose()
+            await running.stopped.wait()
+
+
+async def test_disconnecting_drops_those_there_are_and_nobody_else(folder, world):
+    with trio.fail_after(LONG):
+        async with server.open_server(config_for(folder / "s")) as running:
+            async with await dial(folder / "s") as hanging, await dial(folder / "s") as idle:
+                await say(idle, b"go")
+                await hanging.send_all(b"hang\n")
+                running.disconnect()
+                for stream in (hanging, idle):
+                    assert await stream.receive_some(100) == b""
+            async with await dial(folder / "s") as another:
+                assert await say(another, b"go") == b"ok\n"
+            assert not running.stopped.is_set()

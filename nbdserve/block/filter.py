@@ -98,3 +98,6 @@ class FilterNode(Node):
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return await self.file.block_status(offset, length)
+
+    async def flush(self) -> None:
+        await self.file.flush()

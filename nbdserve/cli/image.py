@@ -56,6 +56,7 @@ def image_config(
         "offset": options["offset"],
         "throttle": throttle,
         "references": options["image_refs"],
+        "faults": options.get("fault", ()),
     }
     if not options["image_opts"]:
         return ImageConfig(image, options["format"], **common)

@@ -14,10 +14,12 @@ import click
 
 from nbdserve.cli.options import Defaults, serve_config, shared_options
 from nbdserve.cli.run import run_server
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
+from nbdserve.faults import parse_fault
 
 if TYPE_CHECKING:
     from nbdserve.config import ExportConfig
+    from nbdserve.faults import Fault
     from nbdserve.server import Ready
 
 
@@ -32,10 +34,20 @@ def _exports(
     return [(name, image) for name, _, image in pairs]
 
 
+def _faults(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[Fault, ...]:
+    with naming("--fault"):
+        return tuple(parse_fault(value) for value in values)
+
+
 @click.command("serve", context_settings={"help_option_names": ["-h", "--help"]})
 @shared_options(Defaults(bind="127.0.0.1", shared=0, discard="unmap"))
 @click.option("--export", metavar="NAME=IMAGE", multiple=True, callback=_exports,
               help="Serve this image too, under that name and with the same options.")
+@click.option("--fault", metavar="KEY=VALUE,...", multiple=True, callback=_faults,
+              help="Have the disk go wrong, as ops=write+flush,error=EIO,count=3; or by delay,"
+              " stuck, short, torn, lost, flip-bits, bps, disconnect (docs/faults.md).")
 @click.option("-U", "--force-share", is_flag=True,
               help="Let others write to the image meanwhile; needs --read-only.")
 def command(**options: Any) -> None:  # noqa: ANN401 - click's values, typed in options.py

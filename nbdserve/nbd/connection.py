@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import errno
 import select
+import socket
+from contextlib import suppress
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -53,7 +55,6 @@ from nbdserve.nbd.wire import OFFSET_DATA_CHUNK, SIMPLE_REPLY
 
 if TYPE_CHECKING:
     import logging
-    import socket
     from collections.abc import Callable, Sequence
 
     from nbdserve.block.node import Buffer
@@ -168,7 +169,7 @@ class Connection:
         self._outbox = Outbox(self._sock, self._budget.sending, pool, self._share)
         self._replies: list[Buffer] = []  # of late requests, not given to the outbox yet
         self._late = LateRequests(
-            session, self._poller, self._share, self._send_late, self._log
+            session, self._poller, self._share, self._send_late, self._disconnect, self._log
         )
         self._queue = self._queues()
         # Of what is done in the hot loop. Longer reads may get hole chunks.
@@ -203,6 +204,12 @@ class Connection:
         self._outbox.drop()
         self._lost = True
         self._idle.set()
+
+    def _disconnect(self, error: OSError) -> None:
+        """No reply will come; the client learns it now, though other requests may be under way."""
+        self._lose(error)
+        with suppress(OSError):  # it has gone itself
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     async def _drain(self) -> None:
         while self._late.in_flight or self._outbox.pending:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from nbdserve.block.flush import FlushFailed
 from nbdserve.block.node import MAX_INLINE
 from nbdserve.block.run import Miss
+from nbdserve.errors import DisconnectError
 from nbdserve.nbd import replies
 from nbdserve.nbd.budget import CAPACITY, SMALL
 from nbdserve.nbd.commands import CACHE_STEP, HANDLERS, read_reply_head
@@ -74,9 +75,11 @@ class LateRequests:
         poller: Poller,
         share: Share,
         on_reply: Callable[[Sequence[Buffer], memoryview | None], None],
+        on_disconnect: Callable[[OSError], None],
         log: logging.Logger,
     ) -> None:
-        """`poller`: is told how many requests need the other tasks to run."""
+        """`poller`: is told how many requests need the other tasks to run. `on_disconnect`: is
+        called in place of an answer to a request that has none."""
         self.in_flight = 0
         self.full = False  # an attribute, not a property: looked at for each request
         self._bytes = 0
@@ -88,6 +91,7 @@ class LateRequests:
         self._poller = poller
         self._share = share
         self._on_reply = on_reply
+        self._on_disconnect = on_disconnect
         self._log = log
         self.began = 0  # perf_counter_ns() at which the batch was begun that requests are of
         self._credit(self._backend.accounts.open())
@@ -271,9 +275,12 @@ class LateRequests:
 
     def failure(self, request: Request, error: OSError, began: int) -> bytes:
         """The reply to a request that failed; the whole error goes to the log before it is
-        narrowed to an NBD error value."""
+        narrowed to an NBD error value. Empty for one that shall have no reply."""
         head, cookie, offset, length, _ = request
         self._kinds[command_of(head)].fail(perf_counter_ns() - began)
+        if isinstance(error, DisconnectError):
+            self._on_disconnect(error)
+            return b""
         reason = error.strerror or str(error)
         name = command_name(request)
         # That a flush failed the log says once for each file, and not for each request after it.

@@ -27,12 +27,15 @@ __all__ = ["create_image", "write_image"]
 def create_image(
     path: str,
     size: int,
+    *,
+    sync: bool = True,
     **options: Any,  # noqa: ANN401 - checked by NewImageOptions
 ) -> None:
-    """Make `path` an empty qcow2 image, durably; overwrites what is there.
+    """Make `path` an empty qcow2 image; overwrites what is there.
 
     `size` and `options` are those of NewImageOptions. The backing file is not opened. The data file
-    is made, too: a regular file that is all one hole.
+    is made, too: a regular file that is all one hole. Without `sync` it is for the operating system
+    to make it durable.
 
     :raises ConfigError: an option cannot be honoured; nothing was touched.
     :raises ImageError: the file cannot be opened or written, with the errno of the reason. A file
@@ -46,13 +49,13 @@ def create_image(
         _check_is_another("backing_file", wanted.backing_file, name, path)
     data_file = wanted.data_file
     if data_file is None:
-        _create(path, lambda fd: write_image(fd, plan))
+        _create(path, lambda fd: write_image(fd, plan, sync=sync))
         return
     _check_is_another("data_file", data_file, data_file, path)
     existed = os.path.lexists(data_file)
-    _create(data_file, lambda fd: _write_hole(fd, plan.data_size))
+    _create(data_file, lambda fd: _write_hole(fd, plan.data_size, sync=sync))
     try:
-        _create(path, lambda fd: write_image(fd, plan))
+        _create(path, lambda fd: write_image(fd, plan, sync=sync))
     except ImageError:
         if not existed:
             os.unlink(data_file)
@@ -85,10 +88,11 @@ def _create(path: str, write: Callable[[int], None]) -> None:
         raise ImageError(f"{path}: cannot create: {error.strerror}", error.errno) from None
 
 
-def write_image(fd: int, plan: NewImage) -> None:
-    """Put a planned image into a file or a block device open for writing, durably.
+def write_image(fd: int, plan: NewImage, *, sync: bool = True) -> None:
+    """Put a planned image into a file or a block device open for writing, durably if `sync`.
 
-    The header goes last and alone: a crash leaves a file without a qcow2 header or a whole image.
+    The header goes last and alone: a crash then leaves a file without a qcow2 header or a whole
+    image.
 
     :raises OSError: as the system says.
     """
@@ -99,17 +103,20 @@ def write_image(fd: int, plan: NewImage) -> None:
     position = _write(fd, plan.refcount_blocks, position)
     for piece in plan.mapping():
         position = _write(fd, piece, position)
-    os.fsync(fd)
+    if sync:
+        os.fsync(fd)
     _write(fd, plan.header, 0)
-    os.fsync(fd)
+    if sync:
+        os.fsync(fd)
 
 
-def _write_hole(fd: int, nb_bytes: int) -> None:
+def _write_hole(fd: int, nb_bytes: int, *, sync: bool) -> None:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     os.ftruncate(fd, 0)
     os.ftruncate(fd, nb_bytes)
-    os.fsync(fd)
+    if sync:
+        os.fsync(fd)
 
 
 def _write(fd: int, data: bytes, position: int) -> int:
