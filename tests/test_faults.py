@@ -3,6 +3,8 @@
 import errno
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdserve.blockdev import FaultOptions, parse_node
 from nbdserve.errors import ConfigError, ImageError
@@ -198,6 +200,26 @@ def test_an_error_names_the_option_with_its_path(text, said):
         with pytest.raises(ConfigError) as refused:
             parse_node(parse_image_opts(f"driver=qcow2,{options}" if prefix else options))
         assert str(refused.value).startswith(prefix + said)
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([text for text, _ in VALUES.values()])
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from([*KINDS, "file", ""]), SCALARS, max_size=6))
+def test_any_options_are_a_fault_or_refused_in_one_line(options):
+    said = "faults.0"
+    try:
+        fault = parse_fault(options, "faults.0.")
+    except ConfigError as error:
+        said = str(error)
+    else:
+        assert Fault(**{key.replace("-", "_"): value for key, value in fault.options()}) == fault
+        assert fault.ops
+    assert said.startswith("faults.0")
+    assert "\n" not in said
 
 
 def test_a_node_has_faults_in_their_order_a_seed_and_room():
