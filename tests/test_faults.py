@@ -1,6 +1,8 @@
 """Faults as values: what they parse from, what they are about, and what makes no sense."""
 
 import errno
+import pathlib
+import re
 
 import pytest
 from hypothesis import given
@@ -244,6 +246,24 @@ def test_json_is_as_good():
 
 def test_no_faults_are_an_empty_list():
     assert parse_faults({}, "faults.") == ()
+
+
+def test_the_examples_of_the_manual():
+    """Each option has one for the command line and one in Python, and they say the same."""
+    manual = (pathlib.Path(__file__).parent.parent / "docs" / "faults.md").read_text()
+    manual = manual[manual.index("## Triggers") : manual.index("## On command")]
+    rows = [line.split(" | ") for line in manual.splitlines() if line.startswith("| `")]
+    documented = set()
+    for option, _, *examples in rows:
+        text, python = (re.search("`(.+?)`", example)[1] for example in examples)
+        documented |= set(re.findall("`(.+?)`", option))
+        try:
+            fault = parse_fault(text)
+        except ConfigError:  # a trigger alone
+            text, python = f"{text},stuck=on", f"{python}, stuck=True"
+            fault = parse_fault(text)
+        assert fault == eval(f"Fault({python})"), text
+    assert documented == KINDS.keys()
 
 
 def test_no_image_may_ask_for_faults():
