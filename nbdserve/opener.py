@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
     from nbdserve.guardian import Guardian
+    from nbdserve.imageopts import Options
     from nbdserve.inherit import Effective
     from nbdserve.nodenames import NodeNames
     from nbdserve.references import References
@@ -302,7 +303,7 @@ class Opener:
             place = place._replace(path="")  # options that the name has are not the user's
         image_format = None if "driver" in given else header.backing_format
         try:
-            if name is None or "file.filename" in given:
+            if name is None or _names_a_file(given):
                 found = given if image_format is None else {"driver": image_format, **given}
                 tree = parse_node(found, place.path)
             else:
@@ -364,6 +365,14 @@ DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
 }
 """What opens each kind of node but files: (opener, options, settings, place, file that was probed,
 and so is open)."""
+
+
+def _names_a_file(options: Options) -> bool:
+    """Whether options say what the data of a node is in, perhaps with filters between."""
+    return any(
+        name == "filename" and set(path.split(".")) == {"file"}
+        for path, _, name in (key.rpartition(".") for key in options)
+    )
 
 
 def _leaf_name(options: NodeOptions) -> str:
