@@ -57,7 +57,8 @@ MAY_IMPORT = {
     | {"engines", "drivers", "formats", "filters", "nodenames", "opener", "guardian"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "pidfile", "statistics", "guardian"},
     "testing": BLOCK_STACK
-    | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"},
+    | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"}
+    | {"blockdev", "nbd"},
     "cli": BLOCK_STACK
     | NODE_OPTIONS
     | {"units", "references", "faults", "listeners", "formats", "graph", "server", "guardian"}
