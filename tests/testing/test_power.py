@@ -8,6 +8,7 @@ from ledger import Device
 
 from nbdserve.errors import ConfigError
 from nbdserve.faults import Fault
+from nbdserve.formats.qcow2.create import create_image
 from nbdserve.powercut.content import Content
 from nbdserve.powercut.powercut import PowerLost, outcomes_of
 from nbdserve.powercut.writelog import Kind, WriteLog
@@ -90,7 +91,7 @@ def test_the_power_is_cut_again_on_an_outcome():
 
 def test_an_overlay_finds_its_backing_file(tmp_path, monkeypatch):
     make_image(tmp_path / "base", content=A + A)
-    make_image(tmp_path / "top", backing=tmp_path / "base")
+    create_image(str(tmp_path / "top"), 8192, backing_file="base", backing_format="qcow2")
     with serving(tmp_path / "top", power_cut="file") as server:
         server.write(4096, B)
         server.flush()
@@ -162,6 +163,20 @@ def test_the_log_can_be_kept(process, tmp_path):
     kinds = [record.kind for record in log.records]
     assert (kinds[0], kinds.count(Kind.MARK)) == (Kind.WRITE, 1)
     assert {outcome.marks for outcome in outcomes_of(log, 10)} == {(), ("a",)}
+
+
+@BOTH
+def test_the_log_may_be_a_file_from_the_start(process, tmp_path):
+    arguments = {"power_cut": "file", "write_log": tmp_path / "log", "process": process}
+    make_image(tmp_path / "disk", "1M")
+    with serving(tmp_path / "disk", **arguments) as server:
+        server.mark("noted here")
+        with Device(server.socket) as device:
+            device.write(0, A)
+        assert len(WriteLog.load(tmp_path / "log")) >= 2
+    found = WriteLog.load(tmp_path / "log").replay()[0]
+    assert bytes(found).rstrip(b"\0") == server.image.read_bytes().rstrip(b"\0")
+    assert server.write_log.marks(len(server.write_log)) == [b"noted here"]
 
 
 def test_the_log_of_a_server_that_goes_on_is_a_copy():
