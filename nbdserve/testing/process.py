@@ -63,7 +63,7 @@ class Process(Served):
             plan = dataclasses.replace(plan, write_log=path)
         argv = [sys.executable, "-m", "nbdserve", "serve", "-v", f"--socket={self.socket}",
                 *self._manner.words(), "--", plan.name(str(self.image))]
-        self._killed = False
+        self._killed, self._whole = False, None
         self._stderr = tempfile.TemporaryFile(prefix="nbdserve-")  # noqa: SIM115 - the log's
         try:
             self.process = subprocess.Popen(
@@ -147,9 +147,9 @@ class Process(Served):
         self._log_file.mark(note)
 
     def _cut(self, seed: int) -> Outcome:
-        streamed = self._log_file
+        self._log_file  # noqa: B018 - raises, if there is none
         if self in running:
             self.kill()
             self.stop()
-        log = self._whole or streamed.read()
+        log = self.write_log
         return outcome_of(log, len(log), seed)

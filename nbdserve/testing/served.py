@@ -166,7 +166,8 @@ class Served(ABC):
 
     def cut(self, seed: int = 0) -> ServedOutcome:
         """Cut the power: clients are dropped, the server is gone, and nothing more reaches what is
-        below the cut. What that may hold then: seed 0: all is lost that may be; another: by chance.
+        below the cut. What that may hold then: seed 0: all is lost that may be; 1: nothing is;
+        another: by chance.
 
         May be called again, for another outcome of the same moment. Raises ConfigError.
         """
