@@ -196,6 +196,17 @@ class WriteLog:
     def _many(self) -> int:
         return 2 * self._keep + MANY_RECORDS
 
+    def copy(self) -> WriteLog:
+        """The same until now, which goes on by itself and is not streamed."""
+        twin = WriteLog(history=self.history, max_data=self.max_data)
+        twin.initial = [content.copy() for content in self.initial]
+        twin.names, twin.records = self.names.copy(), self.records.copy()
+        twin.first_moment, twin._forgotten = self.first_moment, self._forgotten
+        twin._numbers, twin._keep, twin._size = self._numbers, self._keep, self._size
+        twin._under_way = self._under_way.copy()
+        twin._old_marks = self._old_marks.copy()
+        return twin
+
     # --- files ---------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
