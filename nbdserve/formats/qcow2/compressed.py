@@ -95,8 +95,12 @@ def _zlib() -> tuple[Inflate, type[Exception]]:
     """Raw deflate. isal rather than zlib: measured on clusters of 64 KiB (isal 1.9.1, zlib 1.2.13
     in brackets, one core of an AMD EPYC), machine code takes 91 us (235), Python source 51 us
     (105), zeroes 16 us (114). Only on incompressible data, 145 us (148), they are equal.
+    Where there is no isal, as for the Python of a distribution, it is zlib.
     """
-    from isal import isal_zlib
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return _plain_zlib()
 
     def inflate(data: Buffer, nb_bytes: int) -> bytes:
         # QEMU inflates with the 4 KiB window it deflates with, -12; the largest accepts any.
