@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 # A module of the distribution's own Python, invisible to a virtual environment.
 LIBNBD = "python3-libnbd"
+SYSTEM_TRIO = "python3-trio"  # and python3-construct
+NBDKIT_PYTHON = "nbdkit-python"
 STRACE = "strace"
 # No programs, but what a machine may be without all the same: containers may forbid the first two,
 # and file systems in memory have no use for the third.
@@ -43,6 +45,8 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", 
 
 URI = re.compile(r"\bnbds?(?:\+unix)?://\S+")
 NBDSERVE = (sys.executable, "-m", "nbdserve")
+NBDSERVE_NBDKIT = (*NBDSERVE, "nbdkit")
+QCOW2_PLUGIN = pathlib.Path(__file__).parents[1] / "plugins" / "qcow2.py"
 GREETING = b"NBDMAGIC"
 READY_SECONDS = 15.0  # far above what a start takes, so that a loaded machine fails no test
 STOP_SECONDS = 30.0  # an orderly stop may have data to flush
@@ -64,6 +68,23 @@ def have(program: str) -> bool:
 
 def _has_libnbd() -> bool:
     probe = [SYSTEM_PYTHON, "-I", "-c", "import nbd"]
+    try:
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _has_nbdkit_python() -> bool:
+    """nbdkit and its Python plugin."""
+    try:
+        return subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True,
+                              check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _has_system_trio() -> bool:
+    probe = [SYSTEM_PYTHON, "-I", "-c", "import trio, construct"]
     try:
         return subprocess.run(probe, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -114,6 +135,8 @@ def _has_o_direct() -> bool:
 
 PROBES: dict[str, Callable[[], bool]] = {
     LIBNBD: _has_libnbd,
+    SYSTEM_TRIO: _has_system_trio,
+    NBDKIT_PYTHON: _has_nbdkit_python,
     STRACE: _may_trace,
     GUEST_KERNEL: lambda: guest_kernel().joinpath("vmlinuz").exists(),
     IO_URING: _may_use_io_uring,
@@ -277,10 +300,14 @@ def qemu_nbd(image: PathLike, *options: str, format: str = "qcow2",
 
 
 @contextlib.contextmanager
-def nbdkit(*arguments: str) -> Iterator[Server]:
-    """`nbdkit ARGUMENTS` (options, plugin and its parameters) on a unix socket."""
+def nbdkit(
+    *arguments: PathLike, program: Sequence[PathLike] = ("nbdkit",)
+) -> Iterator[Server]:
+    """`nbdkit ARGUMENTS` (options, plugin and its parameters) on a unix socket; `program` is
+    another way to start it."""
     def argv(socket_path: pathlib.Path) -> list[str]:
-        return ["nbdkit", "--foreground", "--unix", str(socket_path), *arguments]
+        words = [*program, "--foreground", "--unix", socket_path, *arguments]
+        return [os.fspath(word) for word in words]
 
     with _running(argv, _greets) as server:
         yield server

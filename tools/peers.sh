@@ -16,6 +16,9 @@ qemu-img        qemu-utils
 qemu-io         qemu-utils
 qemu-nbd        qemu-utils
 nbdkit          nbdkit
+nbdkit-python   nbdkit-plugin-python
+python3-trio    python3-trio
+python3-trio    python3-construct
 nbdinfo         libnbd-bin
 nbdcopy         libnbd-bin
 nbdfuse         libnbd-bin
@@ -40,6 +43,8 @@ present() {
     case "$1" in
         # A module of Debian's own Python, invisible to a virtual environment.
         python3-libnbd) /usr/bin/python3 -I -c 'import nbd' 2>/dev/null ;;
+        python3-trio) /usr/bin/python3 -I -c 'import trio, construct' 2>/dev/null ;;
+        nbdkit-python) nbdkit --dump-plugin python >/dev/null 2>&1 ;;
         guest-kernel) [ -e build/kernel/default/vmlinuz ] ;;
         *) command -v "$1" >/dev/null ;;
     esac

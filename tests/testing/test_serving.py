@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import pathlib
 import stat
+import tempfile
 import threading
 
 import pytest
@@ -32,9 +34,9 @@ BOTH = pytest.mark.parametrize("process", [False, True], ids=["thread", "process
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path, monkeypatch):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+def nothing_is_left(monkeypatch):
+    made = tempfile.TemporaryDirectory()  # a short path, for sockets
+    temporary = pathlib.Path(made.name)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     threads = set(threading.enumerate())
     yield
@@ -43,6 +45,7 @@ def nothing_is_left(tmp_path, monkeypatch):
     assert list(temporary.iterdir()) == []
     left = set(threading.enumerate()) - threads
     assert [thread.name for thread in left if thread.name.startswith("nbdserve")] == []
+    made.cleanup()
 
 
 # --- what is served -------------------------------------------------------------------------------

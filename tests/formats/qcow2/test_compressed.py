@@ -1,10 +1,12 @@
 """Compressed clusters: located as QEMU locates them, and never more than one cluster of data."""
 
 import contextlib
+import errno
 import json
 import random
 import re
 import struct
+import sys
 import threading
 import tracemalloc
 import zlib
@@ -235,3 +237,18 @@ def test_what_qemu_img_compresses(tmp_path, compression, cluster_size):
             cluster = decompress(raw[offset : offset + nb_bytes], guest_offset)
             assert cluster == plain[guest_offset : guest_offset + cluster_size]
     assert nb_compressed == -(-len(plain.rstrip(b"\0")) // cluster_size)
+
+
+def test_without_isal_it_is_pythons_own_zlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "isal", None)
+    decompress = Decompressor("disk.qcow2", "zlib", CLUSTER_SIZE)
+    assert decompress(deflate(DATA) + b"what follows", 0) == CLUSTER
+    with pytest.raises(CorruptImage, match="cannot decompress the zlib cluster"):
+        decompress(b"\xff" * 100, 0)
+
+
+def test_without_zstandard_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(OSError, match="python3-zstandard") as raised:
+        Decompressor("disk.qcow2", "zstd", CLUSTER_SIZE)
+    assert raised.value.errno == errno.ENOTSUP
