@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from nbdserve.blockdev import AIO_MODES, BOOLEANS, DETECT_ZEROES_MODES, DISCARD_MODES
+from nbdserve.blockdev import AIO_MODES, DETECT_ZEROES_MODES, DISCARD_MODES
 from nbdserve.cli.image import drive_config
 from nbdserve.cli.objects import parse_objects
 from nbdserve.cli.throttle import parse_throttle
 from nbdserve.config import CACHE_MODES, ExportConfig, ImageConfig
 from nbdserve.errors import ConfigError, naming
 from nbdserve.faults import parse_fault
+from nbdserve.optionreader import BOOLEANS
 from nbdserve.references import parse_references
 from nbdserve.units import parse_size
 

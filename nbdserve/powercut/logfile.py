@@ -20,12 +20,12 @@ import struct
 from typing import IO, TYPE_CHECKING
 
 from nbdserve.powercut.content import Content
-from nbdserve.powercut.records import CHANGES, ENDS, HAS_DATA, Kind, Record
+from nbdserve.powercut.records import ENDS, HAS_DATA, Kind, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LogFile", "read_log"]
+__all__ = ["FILE", "HEAD", "INITIAL", "MAGIC", "LogFile", "read_log", "read_records"]
 
 MAGIC = b"nbdserve write log 2\n"
 HEAD = struct.Struct("<BBQQQ")
@@ -111,7 +111,7 @@ def read_log(path: str | os.PathLike[str]) -> tuple[list[tuple[Content, str]], l
     with open(path, "rb") as source:
         if source.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{path}: not a write log")
-        for head, data in _read(source):
+        for head, data in read_records(source):
             kind, file, number, offset, _ = head
             if kind in (INITIAL, FILE):
                 if file == len(found):
@@ -151,13 +151,13 @@ def _record(
 
 
 def _check_end(path: str | os.PathLike[str], begun: Record | None, end: Record) -> None:
-    fitting = {Kind.END: CHANGES, Kind.DURABLE: CHANGES, Kind.FLUSHED: {Kind.FLUSH}}[end.kind]
-    if begun is None or begun.kind not in fitting or begun.file != end.file:
+    flushes = end.kind is Kind.FLUSHED
+    if begun is None or (begun.kind is Kind.FLUSH) is not flushes or begun.file != end.file:
         raise ValueError(f"{path}: damaged write log: what ended did not begin ({end.number})")
 
 
-def _read(source: IO[bytes]) -> Iterator[tuple[tuple[int, int, int, int, int], bytes]]:
-    """(head, data) of each record that is there to its end."""
+def read_records(source: IO[bytes]) -> Iterator[tuple[tuple[int, int, int, int, int], bytes]]:
+    """(head, data) of each record from here on that is there to its end."""
     with_data = {int(kind) for kind in HAS_DATA} | {INITIAL, FILE}
     size = os.fstat(source.fileno()).st_size
     while len(head := source.read(HEAD.size)) == HEAD.size:

@@ -22,9 +22,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from bisect import bisect_right
 from collections import defaultdict
 from functools import cached_property
 from hashlib import sha256
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdserve.powercut.content import Content
@@ -61,10 +63,11 @@ MOST_SECTORS = 512
 MOST_PIECES = 1024
 # So many fruitless seeds one after the other, and a moment is believed to have no more outcomes.
 FRUITLESS = 20
-# How much of a log lies between two disks that are remembered, to find any moment's state soon.
+# How much of a log lies between two disks that are remembered, at least, to find any moment's state
+# soon.
 CHECKPOINT = 512
-# So many states are remembered.
-REMEMBERED = 64
+# So many changes may the states have in all that are remembered.
+REMEMBERED = 40_000
 # So far apart are the seeds with which two searches of different seeds begin.
 SEEDS = 1 << 20
 
@@ -106,6 +109,10 @@ class State:
             number for number, (_, certain) in enumerate(changes) if not certain
         ]
         self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        """How many changes are not in the base."""
+        return len(self.changes)
 
     # --- by a number ---------------------------------------------------------------------------
 
@@ -351,7 +358,7 @@ class States:
         self._first = log.first_moment
         self._records = log.until(self.now)
         self._missing = len(log) - len(self._records)  # what the log has forgotten
-        self._disks = [Disk(log.initial)]
+        self._disks = [(0, Disk(log.initial))]
         self._states: dict[int, State] = {}
 
     def at(self, moment: int) -> State:
@@ -359,20 +366,25 @@ class States:
         if not self._first <= moment <= self.now:
             raise ValueError(f"moment {moment}: the write log has {self._first} to {self.now}")
         if moment not in self._states:
-            while len(self._states) >= REMEMBERED:
+            state = _state(self._disk_at(moment - self._missing), moment)
+            while sum(map(len, self._states.values())) + len(state) > REMEMBERED and self._states:
                 del self._states[next(iter(self._states))]
-            self._states[moment] = _state(self._disk_at(moment - self._missing), moment)
+            self._states[moment] = state
         return self._states[moment]
 
     def _disk_at(self, count: int) -> Disk:
-        before = count // CHECKPOINT
-        while len(self._disks) <= before:
-            disk = self._disks[-1].copy()
-            start = (len(self._disks) - 1) * CHECKPOINT
-            disk.do(self._records[start : start + CHECKPOINT])
-            self._disks.append(disk)
-        disk = self._disks[before].copy()
-        disk.do(self._records[before * CHECKPOINT : count])
+        while True:
+            at, disk = self._disks[-1]
+            # A copy costs what is pending: so that all of them cost no more than the log does.
+            end = at + max(CHECKPOINT, len(disk.pending))
+            if end > count:
+                break
+            disk = disk.copy()
+            disk.do(self._records[at:end])
+            self._disks.append((end, disk))
+        at, disk = self._disks[bisect_right(self._disks, count, key=itemgetter(0)) - 1]
+        disk = disk.copy()
+        disk.do(self._records[at:count])
         return disk
 
 
@@ -381,34 +393,39 @@ def all_cuts(log: WriteLog, limit: int, *, seed: int = 0) -> Iterator[Cut]:
 
     Outcomes are distinct if the files differ, or the marks made until then. What may be on the disk
     only grows until a flush or a write with FUA returns: so what ends with the same record has all
-    its outcomes right before that one. Where these are few all of them come. That a moment has no
-    more is believed when so many seeds have brought nothing new. `seed`: where there are more
-    moments than cuts, which of them; and with which of many outcomes each begins.
+    its outcomes right before that one. It goes through these moments in turns, in an order of no
+    meaning, for one outcome of each, two more, four, and so on: whoever stops early has seen
+    something of all. Where the outcomes of a moment are few all of them come. That it has no more
+    is believed when so many seeds have brought nothing new. `seed`: where there are more moments
+    than cuts, which of them; their order; and with which of many outcomes each begins.
 
     A log that forgets has one moment, the present.
     """
     seen: set[tuple[bytes, int]] = set()
     spans = list(_spans(log))
-    if limit < len(spans):
-        spans = sorted(random.Random(seed).sample(spans, max(limit, 0)))
+    spans = random.Random(seed).sample(spans, max(0, min(limit, len(spans))))
     states = States(log)
     seeds = {last: itertools.count(seed * SEEDS) for _, last in spans}
+    share = 1
     while spans:
-        for number, (marks, last) in reversed(list(enumerate(spans))):
-            left = -(-(limit - len(seen)) // (number + 1))
+        share = min(share, -(-(limit - len(seen)) // len(spans)))
+        for span in list(spans):
+            marks, last = span
+            left = share
             for found in _draw(states.at(last), last, seeds[last]):
                 key = digest(found.images), marks
                 if key in seen:
                     continue
                 seen.add(key)
                 yield found
-                left -= 1
                 if len(seen) == limit:
                     return
+                left -= 1
                 if not left:
                     break
             else:
-                del spans[number]
+                spans.remove(span)
+        share *= 2
 
 
 def _draw(state: State, moment: int, seeds: Iterator[int]) -> Iterator[Cut]:

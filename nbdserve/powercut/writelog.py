@@ -120,9 +120,16 @@ class WriteLog:
 
     def end(self, number: int, *, durable: bool = False) -> None:
         """The request has returned, without an error. `durable`: a write by FUA."""
-        kind, file = self._under_way[number]
+        kind = self._under_way[number][0]
         how = Kind.FLUSHED if kind is Kind.FLUSH else Kind.DURABLE if durable else Kind.END
-        self._add(Record(how, file, number))
+        self._end(number, how)
+
+    def refused(self, number: int) -> None:
+        """The request has returned, and nothing of it was done."""
+        self._end(number, Kind.NOTHING)
+
+    def _end(self, number: int, how: Kind) -> None:
+        self._add(Record(how, self._under_way[number][1], number))
         del self._under_way[number]
         if not self.history and (how is Kind.FLUSHED or len(self.records) > self._many()):
             self.forget()
@@ -159,8 +166,10 @@ class WriteLog:
         """What the files held at a moment, all that had begun being done: what a crash of the
         process leaves, but not of the machine. None: now. Raises ValueError, as `until`."""
         files = [content.copy() for content in self.initial]
-        for record in self.until(moment):
-            if record.kind in CHANGES:
+        records = self.until(moment)
+        refused = {record.number for record in records if record.kind is Kind.NOTHING}
+        for record in records:
+            if record.kind in CHANGES and record.number not in refused:
                 change(files[record.file], record)
         return files
 
@@ -186,6 +195,17 @@ class WriteLog:
 
     def _many(self) -> int:
         return 2 * self._keep + MANY_RECORDS
+
+    def copy(self) -> WriteLog:
+        """The same until now, which goes on by itself and is not streamed."""
+        twin = WriteLog(history=self.history, max_data=self.max_data)
+        twin.initial = [content.copy() for content in self.initial]
+        twin.names, twin.records = self.names.copy(), self.records.copy()
+        twin.first_moment, twin._forgotten = self.first_moment, self._forgotten
+        twin._numbers, twin._keep, twin._size = self._numbers, self._keep, self._size
+        twin._under_way = self._under_way.copy()
+        twin._old_marks = self._old_marks.copy()
+        return twin
 
     # --- files ---------------------------------------------------------------------------------
 

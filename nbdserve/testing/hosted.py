@@ -47,6 +47,8 @@ class Hosted(Generic[T]):
     def call(self, function: Callable[..., R], *args: object) -> R:
         """A synchronous function's result, between two steps of the tasks there. Raises what it
         raises; or, if the manager has ended by itself, what that raised, else RuntimeError."""
+        if threading.current_thread() is self._thread:
+            return function(*args)
         done: Future[R] = Future()
 
         def call() -> None:
@@ -69,7 +71,7 @@ class Hosted(Generic[T]):
                     raise RuntimeError(f"{self._thread.name} has ended") from None
 
     def run(self, function: Callable[..., Awaitable[R]], *args: object) -> R:
-        """An asynchronous function's result; as `call`."""
+        """An asynchronous function's result; as `call`, but not from the thread itself."""
         done: Future[R] = Future()
 
         async def task() -> None:

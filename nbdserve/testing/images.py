@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from nbdserve.config import CACHE_MODES, ImageConfig
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nbdserve.block.backend import BlockBackend
+    from nbdserve.powercut.content import Content
 
-    Content = Mapping[int | str, bytes | Pattern]
+    Placed = Mapping[int | str, bytes | Pattern]
 
-__all__ = ["NewDisk", "disk_size", "free_path", "make_image", "read_image"]
+__all__ = ["InMemory", "NewDisk", "free_path", "make_image", "read_image"]
 
 PIECE = 1 << 20
 
@@ -36,7 +38,7 @@ def make_image(
     size: int | str | None = None,
     *,
     format: str = "qcow2",
-    content: Content | bytes | None = None,
+    content: Placed | bytes | None = None,
     backing: str | os.PathLike[str] | None = None,
     backing_format: str = "qcow2",
     **options: object,
@@ -51,12 +53,15 @@ def make_image(
     pieces = {0: content} if isinstance(content, bytes) else dict(content or {})
     placed = {size_of(offset): piece for offset, piece in pieces.items()}
     if size is None and backing is not None:
-        size = disk_size(backing, backing_format)
+        size = _disk_size(backing, backing_format)
     elif size is None:
         if not placed:
             raise ConfigError("an image needs a size, content or a backing file")
         size = max(offset + _length(piece) for offset, piece in placed.items())
     path = os.fspath(path)
+    for offset, piece in placed.items():
+        if offset + _length(piece) > size_of(size):
+            raise ConfigError(f"content: {_length(piece)} bytes at {offset} are beyond the end")
     if format == "raw":
         if backing is not None or options:
             raise ConfigError("a raw image has neither a backing file nor options")
@@ -77,16 +82,17 @@ def read_image(path: str | os.PathLike[str], *, format: str = "qcow2") -> bytes:
     return run_in_thread(_read, ImageConfig(os.fspath(path), format, read_only=True))
 
 
-def disk_size(path: str | os.PathLike[str], format: str) -> int:
-    """The size of an image's disk in bytes, whoever has it open."""
-    config = ImageConfig(os.fspath(path), format, read_only=True, force_share=True)
-    return run_in_thread(_size, config)
+_given: set[pathlib.Path] = set()
+_giving = threading.Lock()
 
 
 def free_path(folder: pathlib.Path, name: str, end: str) -> pathlib.Path:
-    """name, a number and an end: the first such path that is not there."""
+    """name, a number and an end: the first such path that is not there, nor was given before."""
     paths = (folder.absolute() / f"{name}{number}{end}" for number in itertools.count())
-    return next(path for path in paths if not path.exists())
+    with _giving:
+        found = next(path for path in paths if path not in _given and not path.exists())
+        _given.add(found)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +100,9 @@ class NewDisk:
     """An image to be made: the arguments of `make_image`."""
 
     size: int | str | None = None
-    content: Content | bytes | None = None
+    content: Placed | bytes | None = None
     backing: str | os.PathLike[str] | None = None
+    backing_format: str = "qcow2"
 
     def make(self, folder: pathlib.Path, format: str) -> pathlib.Path:
         """Make it in a folder; where it is."""
@@ -106,12 +113,33 @@ class NewDisk:
             format=format,
             content=self.content,
             backing=self.backing,
+            backing_format=self.backing_format,
         )
+        return path
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """What is served without a file, and what it is called."""
+
+    content: Content
+    filename: str
+
+    def save(self, folder: pathlib.Path, format: str) -> pathlib.Path:
+        """Make it a file in a folder; where it is."""
+        path = free_path(folder, "outcome", f".{format}")
+        self.content.save(path)
         return path
 
 
 def _length(piece: bytes | Pattern) -> int:
     return piece.length if isinstance(piece, Pattern) else len(piece)
+
+
+def _disk_size(path: str | os.PathLike[str], format: str) -> int:
+    """The size of an image's disk in bytes, whoever has it open."""
+    config = ImageConfig(os.fspath(path), format, read_only=True, force_share=True)
+    return run_in_thread(_size, config)
 
 
 async def _size(config: ImageConfig) -> int:
@@ -130,8 +158,6 @@ async def _read(config: ImageConfig) -> bytes:
 async def _fill(config: ImageConfig, placed: Mapping[int, bytes | Pattern]) -> None:
     async with open_backend(config) as backend:
         for offset, piece in placed.items():
-            if offset + _length(piece) > backend.size:
-                raise ConfigError(f"content: {_length(piece)} bytes at {offset} are beyond the end")
             await _put(backend, offset, piece)
 
 

@@ -11,72 +11,41 @@ still has, a section with what that server logged.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    import os
     import pathlib
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Generator, Iterator
 
-    from nbdserve.testing.served import Served
+    from nbdserve.testing.factory import ImageFactory, ServerFactory
 
-SERVERS = pytest.StashKey[list["Served"]]()
+SERVERS = pytest.StashKey["ServerFactory"]()
 
 
 @pytest.fixture
-def nbd_server(
-    request: pytest.FixtureRequest, tmp_path: pathlib.Path
-) -> Iterator[Callable[..., Served]]:
+def nbd_server(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[ServerFactory]:
     """Makes servers: ``nbd_server(size="1G")``, with all arguments of nbdserve.testing.serving.
 
     Each is started when it is returned, its socket and image are in tmp_path, and it is stopped
     after the test.
     """
-    from nbdserve.testing.start import serving
+    from nbdserve.testing.factory import ServerFactory
 
-    started: list[Served] = []
-    request.node.stash[SERVERS] = started
-
-    def start(
-        image: str | os.PathLike[str] | None = None,
-        **arguments: Any,  # noqa: ANN401 - those of `serving`
-    ) -> Served:
-        server = serving(image, folder=tmp_path, **arguments)
-        started.append(server)
-        return server.start()
-
-    yield start
-    errors = []
-    for server in reversed(started):
-        try:
-            server.stop()
-        except Exception as error:  # the others are to stop as well
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise ExceptionGroup("servers that did not stop as they should", errors)
+    servers = ServerFactory(tmp_path)
+    request.node.stash[SERVERS] = servers
+    yield servers
+    servers.stop()
 
 
 @pytest.fixture
-def qcow2_image(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+def qcow2_image(tmp_path: pathlib.Path) -> ImageFactory:
     """Makes qcow2 images in tmp_path: ``qcow2_image("1G", content={0: random("1M")})``, with all
     arguments of nbdserve.testing.make_image; `name`: the file's."""
-    from nbdserve.testing.images import free_path, make_image
+    from nbdserve.testing.factory import ImageFactory
 
-    def make(
-        size: int | str | None = None,
-        *,
-        name: str | None = None,
-        **arguments: Any,  # noqa: ANN401 - those of `make_image`
-    ) -> pathlib.Path:
-        path = tmp_path / name if name else free_path(tmp_path, "image", ".qcow2")
-        make_image(path, size, **arguments)
-        return path
-
-    return make
+    return ImageFactory(tmp_path)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,7 +59,8 @@ def pytest_runtest_makereport(
 
 
 def _sections(item: pytest.Item) -> list[tuple[str, str]]:
-    servers = item.stash.get(SERVERS, [])
+    own = item.stash.get(SERVERS, None)
+    servers = [] if own is None else own.started
     served = sys.modules.get("nbdserve.testing.served")
     if served is not None:
         servers = [*servers, *(other for other in served.running if other not in servers)]

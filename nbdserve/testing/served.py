@@ -7,27 +7,32 @@ methods, whatever the test is, but for a context manager that does not hold up a
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import pathlib
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self, TypeVar
-
-import trio
+from typing import TYPE_CHECKING, Self
 
 from nbdserve.listeners import MAX_UNIX_PATH
-from nbdserve.testing.images import NewDisk, free_path
+from nbdserve.powercut.powercut import outcomes_of
+from nbdserve.testing.aside import aside
+from nbdserve.testing.images import InMemory, NewDisk, free_path
+from nbdserve.testing.plan import DISK
+from nbdserve.testing.power import ServedOutcome
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
+    from nbdserve.powercut.powercut import Outcome
+    from nbdserve.powercut.writelog import WriteLog
+    from nbdserve.testing.manner import Manner
     from nbdserve.testing.plan import Plan
 
 __all__ = ["Served", "running"]
-
-R = TypeVar("R")
 
 running: list[Served] = []
 """All that are started and not stopped, of this process."""
@@ -46,13 +51,21 @@ class Served(ABC):
     size: int
 
     def __init__(
-        self, image: str | os.PathLike[str] | NewDisk, plan: Plan, folder: pathlib.Path | None
+        self,
+        image: str | os.PathLike[str] | NewDisk | InMemory,
+        plan: Plan,
+        manner: Manner,
+        *,
+        folder: pathlib.Path | None = None,
+        socket: pathlib.Path | None = None,
     ) -> None:
         """`folder`: for the socket, and an image that is made; None: one that is removed at the
-        end. So is that of a socket for which its name is too long."""
+        end. So is that of a socket for which its name is too long. `socket`: where it shall be."""
         self._wanted = image
         self._plan = plan
+        self._manner = manner
         self._folder = folder
+        self._socket = socket
         self._made: list[str] = []
 
     @property
@@ -61,7 +74,7 @@ class Served(ABC):
         """What it has logged so far, or the end of that."""
 
     @abstractmethod
-    def _start(self) -> None: ...
+    def _start(self, folder: pathlib.Path) -> None: ...
 
     @abstractmethod
     def _stop(self) -> None: ...
@@ -70,19 +83,25 @@ class Served(ABC):
         """Returns when clients are accepted. Raises NbdserveError, OSError."""
         try:
             folder = self._folder or self._make_folder()
-            self.socket = free_path(folder, "nbd", ".sock")
-            if len(os.fsencode(self.socket)) > MAX_UNIX_PATH:
-                self.socket = self._make_folder() / "nbd.sock"
-            if isinstance(self._wanted, NewDisk):
-                self.image = self._wanted.make(folder, self._plan.format)
-            else:
-                self.image = pathlib.Path(self._wanted).absolute()
-            self._start()
+            self.socket = self._socket or self._free_socket(folder)
+            self._find_image(folder)
+            self._start(folder)
         except BaseException:
             self._remove()
             raise
         running.append(self)
         return self
+
+    def _free_socket(self, folder: pathlib.Path) -> pathlib.Path:
+        path = free_path(folder, "nbd", ".sock")
+        fits = len(os.fsencode(path)) <= MAX_UNIX_PATH
+        return path if fits else self._make_folder() / "nbd.sock"
+
+    def _find_image(self, folder: pathlib.Path) -> None:
+        if isinstance(self._wanted, NewDisk):
+            self.image = self._wanted.make(folder, self._plan.format)
+        elif not isinstance(self._wanted, InMemory):
+            self.image = pathlib.Path(self._wanted).absolute()
 
     def stop(self) -> None:
         """Clients are dropped once what they asked is done, the image is flushed and closed. Raises
@@ -115,7 +134,11 @@ class Served(ABC):
         self.stop()
 
     async def __aenter__(self) -> Self:
-        return await _aside(self.start)
+        try:
+            return await aside(self.start)
+        except BaseException:  # cancelled; else there is nothing to stop
+            await aside(self.stop)
+            raise
 
     async def __aexit__(
         self,
@@ -123,14 +146,47 @@ class Served(ABC):
         error: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> None:
-        await _aside(self.stop)
+        await aside(self.stop)
+
+    # --- power cuts: `power_cut` says where -----------------------------------------------------
+
+    @property
+    @abstractmethod
+    def write_log(self) -> WriteLog:
+        """A copy of what was done until now, to be saved and replayed. Raises ConfigError: nobody
+        asked for `power_cut`."""
+
+    @abstractmethod
+    def mark(self, note: str) -> None:
+        """A note of what has happened up to now, such as "order 7 is committed", for outcomes from
+        now on. Raises ConfigError."""
+
+    @abstractmethod
+    def _cut(self, seed: int) -> Outcome: ...
+
+    def cut(self, seed: int = 0) -> ServedOutcome:
+        """Cut the power: clients are dropped, the server is gone, and nothing more reaches what is
+        below the cut. What that may hold then: seed 0: all is lost that may be; 1: nothing is;
+        another: by chance.
+
+        May be called again, for another outcome of the same moment. Raises ConfigError.
+        """
+        return self._known(self._cut(seed))
+
+    def all_cuts(self, limit: int, seed: int = 0) -> Iterator[ServedOutcome]:
+        """Distinct outcomes, at most `limit`, as if the power had been cut at any moment until now.
+        The server goes on. Raises ConfigError."""
+        return map(self._known, outcomes_of(self.write_log, limit, seed))
+
+    def _known(self, outcome: Outcome) -> ServedOutcome:
+        is_disk = self._plan.power_cut == DISK
+        named = self._wanted.filename if isinstance(self._wanted, InMemory) else str(self.image)
+        return ServedOutcome.of(outcome, "raw" if is_disk else self._plan.format, named)
 
 
-async def _aside(function: Callable[[], R]) -> R:
-    """Call it in a thread, under trio or asyncio; it is waited for even if that is cancelled."""
-    if trio.lowlevel.in_trio_run():
-        with trio.CancelScope(shield=True):
-            return await trio.to_thread.run_sync(function)
-    import asyncio
-
-    return await asyncio.shield(asyncio.to_thread(function))
+@atexit.register
+def _stop_all() -> None:
+    """For a program that forgets to: a process would outlive it, and a folder."""
+    for served in reversed(running.copy()):
+        with contextlib.suppress(Exception):
+            served.stop()
