@@ -41,11 +41,12 @@ class ThreadStates:
 
     def keep(self) -> None:
         """Keep this thread's state from one call to the next; it is not in `kept` yet."""
-        if threading.current_thread() is threading.main_thread():
-            self.kept[threading.get_ident()] = 0  # it has one anyway
+        mine = threading.get_ident()  # current_thread() would make an object that stays
+        if mine == threading.main_thread().ident:
+            self.kept[mine] = 0  # it has a state anyway
             return
         _api.PyGILState_Ensure()
-        self.kept[threading.get_ident()] = _api.PyGILState_GetThisThreadState()
+        self.kept[mine] = _api.PyGILState_GetThisThreadState()
 
     def drop(self) -> None:
         """The connection is closed, by this thread; the others have ended."""
