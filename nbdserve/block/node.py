@@ -5,8 +5,8 @@ Two ways lead through a node, and they never mix:
 * `resolve` is synchronous and pure. It maps a range to runs of leaves, folding this node and all
   below it away, or answers a `Miss`. `allocate_nowait` is its only companion that changes
   anything: a format node may there do a whole allocating write if nothing needs waiting for.
-  Both, and the other `*_nowait` and `submit_*`, may be called in another thread while trio's is held
-  still (nbdkit/turn.py): what they do must not ask trio who calls. `run_sync_soon` is how to wake.
+  Both, and the other `*_nowait` and `submit_*`, may be called in another thread while trio's is
+  held still (nbdkit/turn.py): they must not ask trio who calls. `run_sync_soon` is how to wake.
 * `read`, `write`, `write_zeroes`, `discard`, `block_status` are the complete asynchronous paths.
   They may load tables, allocate, copy, decompress; what they read before an await is stale after.
 
