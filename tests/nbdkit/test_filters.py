@@ -43,7 +43,8 @@ def test_cow_leaves_the_image_as_it_is(served, image):
     ("--filter=cache",),
     ("--filter=cache", "cache=writethrough"),  # the filter's parameter: it hears it first
     ("--filter=rate", "rate=400M"),
-    ("--filter=fua", "fuamode=none"),
+    ("--filter=fua", "fuamode=discard"),
+    ("--filter=fua", "fuamode=pass"),
     ("--filter=fua", "fuamode=emulate"),
     ("--filter=fua", "fuamode=native"),
     ("--filter=fua", "fuamode=force"),
