@@ -15,6 +15,8 @@ Tests that share what is dear to set up are run by one process (`TOGETHER`).
 
 import contextlib
 import fcntl
+import os
+import pathlib
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -24,6 +26,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 import peers
 from facilities import lacking
+from installed import environment
 from nbdserve.engines.engine import Engine
 from nbdserve.engines.start import start_engine
 
@@ -99,6 +102,13 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     with trio.fail_after(IDLE_SECONDS):
         await engine.idle()
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of an environment that has nbdserve from a wheel (installed.py)."""
+    mine = tmp_path_factory.getbasetemp()
+    return environment(mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine)
 
 
 @contextlib.contextmanager

@@ -160,7 +160,8 @@ class FaultNode(FilterNode):
         self.faults = FaultControl(file, seed, room)
         for fault in faults:
             self.faults.add(fault)
-        log.info("%s: faults by seed %d", self.filename, seed)
+        if not self.faults.is_idle:
+            log.info("%s: faults by seed %d", self.filename, seed)
 
     # --- what becomes of a request -------------------------------------------------------------
 

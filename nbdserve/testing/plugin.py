@@ -11,7 +11,7 @@ still has, a section with what that server logged.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -48,14 +48,15 @@ def qcow2_image(tmp_path: pathlib.Path) -> ImageFactory:
     return ImageFactory(tmp_path)
 
 
-@pytest.hookimpl(wrapper=True)
+# The old kind of wrapper, as an older pytest of somebody who never uses this loads it as well.
+@pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
+) -> Generator[None, Any, None]:
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()
     if report.failed:
         report.sections += _sections(item)
-    return report
 
 
 def _sections(item: pytest.Item) -> list[tuple[str, str]]:

@@ -1,15 +1,13 @@
 """How nbdkit with our plugin starts, refuses to, ends, and is killed."""
 
-import os
 import pathlib
 import random
-import shutil
 import subprocess
-import sys
 
 import pytest
 
 import peers
+from installed import run_there
 from interop.images import KIB, MIB, Recipe, make
 from interop.test_kill import IMAGES, SIZE, Load, content, guardian_of, leaks_at_most
 from interop.tools import BareClient, wait_until
@@ -18,7 +16,6 @@ from .conftest import BY_HAND
 
 pytestmark = pytest.mark.peer("nbdkit", peers.NBDKIT_PYTHON, "qemu-img")
 by_hand = pytest.mark.peer(peers.SYSTEM_TRIO)
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -187,20 +184,11 @@ def test_connections_leave_nothing_behind(image):
 # --- installed ------------------------------------------------------------------------------------
 
 
-def test_installed_from_a_wheel(image, tmp_path):
+def test_installed_from_a_wheel(installed, image, tmp_path):
     """No checkout is near: the package holds all that nbdkit is given."""
-    site, tree = tmp_path / "site", tmp_path / "tree"
-    shutil.copytree(ROOT / "nbdserve", tree / "nbdserve")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    peers.run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site,
-              tree, timeout=300)
-    env = {**os.environ, "PYTHONPATH": str(site), "PWD": str(tmp_path)}
-    code = "import sys, nbdserve.cli.main as m; sys.argv[0] = 'nbdserve'; m.main()"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, "nbdkit", "-U", "-", image, "--run",
-         'qemu-io -f raw -c "write -P 4 0 1M" "$uri"'],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = run_there(
+        installed, "nbdserve", "nbdkit", "-U", "-", image, "--run",
+        'qemu-io -f raw -c "write -P 4 0 1M" "$uri"', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     peers.qemu_io(image, "read -P 4 0 1M")
 

@@ -49,7 +49,7 @@ def test_fails(nbd_server, shared):
 
 def test_does_not_start(nbd_server, tmp_path):
     (tmp_path / "bad").write_bytes(b"no image")
-    nbd_server(tmp_path / "bad")
+    nbd_server(tmp_path / "bad", file_room="1M")
 
 def test_teardown(nbd_server, broken):
     nbd_server(size="1M", export="three")

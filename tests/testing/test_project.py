@@ -4,27 +4,20 @@ Nothing of this repository is on its path. What is in tests/project/ is run as i
 it, and his tests are the ones that look closely.
 """
 
-import os
 import pathlib
 import re
 
 import pytest
 
-from installed import PROJECT, environment, run_there
+from installed import PROJECT, run_there
 
 PLAIN = ["-p", "no:xdist", "-p", "no:trio", "-p", "no:asyncio", "-p", "no:anyio"]
 ALL = ["-o", "asyncio_default_fixture_loop_scope=function"]
 FULL = 12  # tests in test_sync.py and test_async.py
 
 
-@pytest.fixture(scope="module")
-def there(tmp_path_factory) -> pathlib.Path:
-    base = tmp_path_factory.getbasetemp()
-    return environment(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
-
-
 @pytest.fixture
-def run(there, tmp_path):
+def run(installed, tmp_path):
     project = tmp_path / "project"
     project.mkdir()
     (project / "pyproject.toml").write_bytes((PROJECT / "pyproject.toml").read_bytes())
@@ -32,7 +25,8 @@ def run(there, tmp_path):
 
     def pytest_there(*arguments: str):
         options = ("-rA", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}")
-        return run_there(there, "python", "-B", "-m", "pytest", *options, *arguments, cwd=project)
+        command = ("python", "-B", "-m", "pytest", *options, *arguments)
+        return run_there(installed, *command, cwd=project)
 
     return pytest_there
 
@@ -42,11 +36,11 @@ def passed(output: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_the_installed_one_is_used_and_typed(there, tmp_path):
+def test_the_installed_one_is_used_and_typed(installed, tmp_path):
     where = "import nbdserve, pathlib; print(pathlib.Path(nbdserve.__file__).parent)"
-    done = run_there(there, "python", "-c", where, cwd=tmp_path)
+    done = run_there(installed, "python", "-c", where, cwd=tmp_path)
     package = pathlib.Path(done.stdout.strip())
-    assert package.is_relative_to(there)
+    assert package.is_relative_to(installed)
     assert (package / "py.typed").exists()
 
 

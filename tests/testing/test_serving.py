@@ -472,6 +472,7 @@ def test_each_has_its_log():
         Device(one.socket).close()
     assert f"serving {one.image} at {one.uri}" in one.log
     assert "connected" in one.log
+    assert "faults" not in one.log
     assert str(one.image) not in other.log
     assert f"serving {other.image} at" in other.log
     assert str(other.image) not in one.log
