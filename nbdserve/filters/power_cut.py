@@ -3,7 +3,8 @@
 Above a format it sees what the guest does, below it what reaches the host's file. What the power
 takes is powercut/'s to say; here is what makes the log true:
 
-* its ranges do not resolve, and no flush takes a short way, so all that changes anything comes by;
+* reads resolve to what the child's do, but writes to the node itself (`_Front`), and no flush takes
+  a short way, so all that changes anything comes by;
 * requests that overlap wait for each other, so the log's order is the order on the disk;
 * a request is in the log before it is passed on, and has returned there before its client is told;
 * after the cut nothing is passed on, and what had not returned fails, whatever became of it below;
@@ -19,8 +20,12 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import trio
+
 from nbdserve.block.filter import FilterNode
+from nbdserve.block.node import Leaf
 from nbdserve.block.rangelock import RangeLock
+from nbdserve.block.run import READ, WRITE, Miss
 from nbdserve.powercut.content import Content
 from nbdserve.powercut.powercut import PowerLost
 from nbdserve.powercut.writelog import Kind, LogFull
@@ -28,7 +33,8 @@ from nbdserve.powercut.writelog import Kind, LogFull
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from nbdserve.block.node import Buffer, Extent, Node
+    from nbdserve.block.node import Buffer, Done, Extent, Node
+    from nbdserve.block.run import Op, Resolution
     from nbdserve.powercut.powercut import PowerCut
 
 __all__ = ["PowerCutNode", "log_writes", "power_cut_of", "read_content"]
@@ -89,6 +95,7 @@ class PowerCutNode(FilterNode):
         self._number = number
         self._ranges = RangeLock()
         self._told = False
+        self._front = _Front(self)
 
     def _check_power(self) -> None:
         if self.power_cut.is_cut:
@@ -117,6 +124,36 @@ class PowerCutNode(FilterNode):
             yield
             self._end(number)
 
+    # --- the synchronous way -------------------------------------------------------------------
+
+    def resolve(self, op: Op, offset: int, length: int) -> Resolution:
+        if self.power_cut.is_cut:
+            return Miss.OPAQUE  # the asynchronous way says why
+        if op is READ:
+            return self.file.resolve(READ, offset, length)
+        if op is WRITE and self._ranges.is_free(offset, offset + length - 1):
+            return [(self._front, offset, length)]
+        return Miss.OPAQUE
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Log and do a write at once, if the child can do it in one piece; the range is free."""
+        runs = self.file.resolve(WRITE, offset, len(data))
+        if runs is not Miss.NEEDS_ALLOC and (isinstance(runs, Miss) or len(runs) > 1):
+            return False
+        number = self._begin(Kind.WRITE, offset, bytes(data))
+        if isinstance(runs, Miss):
+            done = self.file.allocate_nowait(offset, data)
+        else:
+            leaf, host_offset, _ = runs[0]
+            done = leaf is not None and leaf.write_nowait(host_offset, data)
+        if done:
+            self.log.end(number)
+        else:
+            self.log.refused(number)
+        return done
+
+    # --- the asynchronous way ------------------------------------------------------------------
+
     async def read(self, offset: int, buffer: memoryview) -> None:
         self._check_power()
         await self.file.read(offset, buffer)
@@ -138,10 +175,18 @@ class PowerCutNode(FilterNode):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fallback: bool = True
     ) -> None:
-        async with self._logged(Kind.WRITE_ZEROES, offset, length):
-            await self.file.write_zeroes(
-                offset, length, may_unmap=may_unmap, fallback=fallback
-            )
+        async with self._ranges.hold(offset, offset + length - 1):
+            number = self._begin(Kind.WRITE_ZEROES, offset, length)
+            try:
+                await self.file.write_zeroes(
+                    offset, length, may_unmap=may_unmap, fallback=fallback
+                )
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP and not fallback:
+                    self._check_power()
+                    self.log.refused(number)
+                raise
+            self._end(number)
 
     async def discard(self, offset: int, length: int) -> None:
         async with self._logged(Kind.DISCARD, offset, length):
@@ -160,3 +205,48 @@ class PowerCutNode(FilterNode):
         number = self._begin(Kind.FLUSH)
         await self.file.flush()
         self._end(number)
+
+    async def close(self) -> None:
+        await self._front.idle()
+
+
+class _Front(Leaf):
+    """What writes to a power-cut node resolve to: a leaf that is the node's own."""
+
+    def __init__(self, node: PowerCutNode) -> None:
+        super().__init__(node.filename, node.size, read_only=node.read_only)
+        self._node = node
+        self._submitted = 0
+        self._idle = trio.Event()
+        self._idle.set()
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        return self._node.write_nowait(offset, data)
+
+    def submit_write(
+        self, offset: int, data: Buffer, done: Done, *, fua: bool = False
+    ) -> None:
+        """A task of its own, as it may have to wait for others that overlap. (Nobody asks for FUA:
+        that does not resolve.)"""
+        assert not fua
+        if not self._submitted:
+            self._idle = trio.Event()
+        self._submitted += 1
+        trio.lowlevel.spawn_system_task(self._write, offset, data, done)
+
+    async def _write(self, offset: int, data: Buffer, done: Done) -> None:
+        error: OSError | None = None
+        try:
+            await self._node.write(offset, data)
+        except OSError as failure:
+            error = failure
+        except Exception as bug:  # whoever waits gets an answer, whatever it is
+            error = OSError(errno.EIO, f"internal error: {bug!r}")
+        self._submitted -= 1
+        if not self._submitted:
+            self._idle.set()
+        done(error)
+
+    async def idle(self) -> None:
+        """Wait until all is done that was submitted."""
+        await self._idle.wait()

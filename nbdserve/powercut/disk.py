@@ -63,6 +63,8 @@ class Disk:
                     self._returned[number] = self._done
             elif kind is Kind.DURABLE:
                 self._durable.add(number)
+            elif kind is Kind.NOTHING:
+                self.pending.pop(number, None)
             elif kind is Kind.FLUSH:
                 self._flushing[number] = self._done
             elif kind is Kind.FLUSHED:

@@ -20,7 +20,7 @@ import struct
 from typing import IO, TYPE_CHECKING
 
 from nbdserve.powercut.content import Content
-from nbdserve.powercut.records import CHANGES, ENDS, HAS_DATA, Kind, Record
+from nbdserve.powercut.records import ENDS, HAS_DATA, Kind, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,8 +151,8 @@ def _record(
 
 
 def _check_end(path: str | os.PathLike[str], begun: Record | None, end: Record) -> None:
-    fitting = {Kind.END: CHANGES, Kind.DURABLE: CHANGES, Kind.FLUSHED: {Kind.FLUSH}}[end.kind]
-    if begun is None or begun.kind not in fitting or begun.file != end.file:
+    flushes = end.kind is Kind.FLUSHED
+    if begun is None or (begun.kind is Kind.FLUSH) is not flushes or begun.file != end.file:
         raise ValueError(f"{path}: damaged write log: what ended did not begin ({end.number})")
 
 

@@ -381,34 +381,39 @@ def all_cuts(log: WriteLog, limit: int, *, seed: int = 0) -> Iterator[Cut]:
 
     Outcomes are distinct if the files differ, or the marks made until then. What may be on the disk
     only grows until a flush or a write with FUA returns: so what ends with the same record has all
-    its outcomes right before that one. Where these are few all of them come. That a moment has no
-    more is believed when so many seeds have brought nothing new. `seed`: where there are more
-    moments than cuts, which of them; and with which of many outcomes each begins.
+    its outcomes right before that one. It goes through these moments in turns, in an order of no
+    meaning, for one outcome of each, two more, four, and so on: whoever stops early has seen
+    something of all. Where the outcomes of a moment are few all of them come. That it has no more
+    is believed when so many seeds have brought nothing new. `seed`: where there are more moments
+    than cuts, which of them; their order; and with which of many outcomes each begins.
 
     A log that forgets has one moment, the present.
     """
     seen: set[tuple[bytes, int]] = set()
     spans = list(_spans(log))
-    if limit < len(spans):
-        spans = sorted(random.Random(seed).sample(spans, max(limit, 0)))
+    spans = random.Random(seed).sample(spans, max(0, min(limit, len(spans))))
     states = States(log)
     seeds = {last: itertools.count(seed * SEEDS) for _, last in spans}
+    share = 1
     while spans:
-        for number, (marks, last) in reversed(list(enumerate(spans))):
-            left = -(-(limit - len(seen)) // (number + 1))
+        share = min(share, -(-(limit - len(seen)) // len(spans)))
+        for span in list(spans):
+            marks, last = span
+            left = share
             for found in _draw(states.at(last), last, seeds[last]):
                 key = digest(found.images), marks
                 if key in seen:
                     continue
                 seen.add(key)
                 yield found
-                left -= 1
                 if len(seen) == limit:
                     return
+                left -= 1
                 if not left:
                     break
             else:
-                del spans[number]
+                spans.remove(span)
+        share *= 2
 
 
 def _draw(state: State, moment: int, seeds: Iterator[int]) -> Iterator[Cut]:

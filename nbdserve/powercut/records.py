@@ -2,9 +2,9 @@
 
 A request has one where it *begins*, with its data, and another where it has *returned*; what lies
 between them may have been done or not. What returned says how: a write that was durable then, by
-FUA, has a DURABLE, a flush a FLUSHED, everything else an END. A request that failed has none of
-these: it may have done anything. A MARK is a note of whoever keeps the log, such as "transaction 7
-is committed".
+FUA, has a DURABLE, a flush a FLUSHED, one that was refused and did nothing a NOTHING, everything
+else an END. A request that failed has none of these: it may have done anything. A MARK is a note of
+whoever keeps the log, such as "transaction 7 is committed".
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Kind(enum.IntEnum):
     DURABLE = 5
     MARK = 6
     FLUSHED = 7
+    NOTHING = 8
 
 
 HAS_DATA = frozenset({Kind.WRITE, Kind.MARK})
 CHANGES = frozenset({Kind.WRITE, Kind.WRITE_ZEROES, Kind.DISCARD})
-ENDS = frozenset({Kind.END, Kind.DURABLE, Kind.FLUSHED})
+ENDS = frozenset({Kind.END, Kind.DURABLE, Kind.FLUSHED, Kind.NOTHING})
 
 
 class Record(NamedTuple):

@@ -120,9 +120,16 @@ class WriteLog:
 
     def end(self, number: int, *, durable: bool = False) -> None:
         """The request has returned, without an error. `durable`: a write by FUA."""
-        kind, file = self._under_way[number]
+        kind = self._under_way[number][0]
         how = Kind.FLUSHED if kind is Kind.FLUSH else Kind.DURABLE if durable else Kind.END
-        self._add(Record(how, file, number))
+        self._end(number, how)
+
+    def refused(self, number: int) -> None:
+        """The request has returned, and nothing of it was done."""
+        self._end(number, Kind.NOTHING)
+
+    def _end(self, number: int, how: Kind) -> None:
+        self._add(Record(how, self._under_way[number][1], number))
         del self._under_way[number]
         if not self.history and (how is Kind.FLUSHED or len(self.records) > self._many()):
             self.forget()
@@ -159,8 +166,10 @@ class WriteLog:
         """What the files held at a moment, all that had begun being done: what a crash of the
         process leaves, but not of the machine. None: now. Raises ValueError, as `until`."""
         files = [content.copy() for content in self.initial]
-        for record in self.until(moment):
-            if record.kind in CHANGES:
+        records = self.until(moment)
+        refused = {record.number for record in records if record.kind is Kind.NOTHING}
+        for record in records:
+            if record.kind in CHANGES and record.number not in refused:
                 change(files[record.file], record)
         return files
 

@@ -1,8 +1,9 @@
 """`make crash`: the long run.
 
 Plans are numbered; each has a name, SEED/NUMBER, that says all of it. Every process takes every
-n-th number. It ends when so many distinct crash states were looked at, in all modes together, that
-none broke a promise; or with the first that did, exit status 1, and how to see it again.
+n-th number. It ends when so many distinct crash states were looked at, in all modes together and in
+each of them, that none broke a promise; or with the first that did, exit status 1, and how to see
+it again. Plans have modes by chance; in the end those of a mode that lacks states have that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from crash.plans import draw_plan
 from crash.search import Found, Searched, search_by_name, search_closely, shrink
+from nbdserve.config import CACHE_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +50,12 @@ class Totals:
         self.counts.update({"asked qemu": searched.asked_qemu, "lived on": searched.lived_again})
         self.found = self.found or searched.found
 
+    def lacking(self, chosen: argparse.Namespace) -> Iterator[str]:
+        """The modes that have not enough states yet."""
+        for mode in [chosen.mode] if chosen.mode else CACHE_MODES:
+            if self.modes[mode] < chosen.states_per_mode:
+                yield mode
+
     def lines(self, seed: int, seconds: float) -> Iterator[str]:
         """What to print at the end."""
         yield f"{'mode':13} {'programs':>9} {'distinct crash states':>22}"
@@ -65,6 +73,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of everything (default: 1)")
     parser.add_argument("--states", type=int, default=20_000,
                         help="distinct crash states to go through (default: 20000)")
+    parser.add_argument("--states-per-mode", type=int, default=2000, metavar="STATES",
+                        help="of them at least in each cache mode (default: 2000)")
     parser.add_argument("--limit", type=int, default=150,
                         help="crashes of each program (default: 150)")
     parser.add_argument("--mode", help="only this cache mode (default: each in turn by chance)")
@@ -78,7 +88,8 @@ def run(chosen: argparse.Namespace, search_all: SearchAll) -> Totals:
     """Search until there are enough states, or one that is bad."""
     totals = Totals()
     numbers = itertools.count() if chosen.only is None else [chosen.only]
-    tasks = ((f"{chosen.seed}/{number}", chosen.mode, chosen.limit) for number in numbers)
+    mode = chosen.mode
+    tasks = ((f"{chosen.seed}/{number}", mode, chosen.limit) for number in numbers)
     started = told = time.monotonic()
     while batch := list(itertools.islice(tasks, 8 * chosen.jobs)):
         for searched in search_all(search_by_name, batch):
@@ -91,17 +102,19 @@ def run(chosen: argparse.Namespace, search_all: SearchAll) -> Totals:
             print(f"{totals.plans.total():,} programs, {len(totals.states):,} distinct crash"
                   f" states, {rate:.0f} a second", flush=True)
         if len(totals.states) >= chosen.states:
-            break
+            mode = next(totals.lacking(chosen), None)
+            if mode is None:
+                break
     return totals
 
 
 def report(chosen: argparse.Namespace, found: Found) -> Iterator[str]:
     """What to print of a crash that broke a promise."""
-    mode = f" --mode {chosen.mode}" if chosen.mode else ""
+    mode = f" --mode {found.mode}"
     yield f"plan {found.plan}, crash at moment {found.moment}: {found.reason}"
     yield (f"again: make crash CRASH_ARGS='--seed {chosen.seed} --only"
            f" {found.plan.split('/')[1]}{mode} --limit {chosen.limit}'")
-    plan = shrink(draw_plan(found.plan, mode=chosen.mode), chosen.limit)
+    plan = shrink(draw_plan(found.plan, mode=found.mode), chosen.limit)
     again = search_closely(plan, chosen.limit).found
     if again is not None:
         yield f"less is enough, in {plan.mode.name}, patience {plan.patience}, {plan.image}:"

@@ -27,6 +27,7 @@ class Found:
     """A crash that broke a promise, or a plan that failed by itself (moment -1)."""
 
     plan: str
+    mode: str
     moment: int
     reason: str
 
@@ -93,7 +94,8 @@ def search(plan: Plan, limit: int, *, qemu_every: int = 0, again_every: int = 0)
                 except AssertionError as error:
                     raise AssertionError(f"living on after it: {error}") from error
     except (AssertionError, OSError, BaseExceptionGroup) as error:
-        searched.found = Found(plan.name, moment, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        searched.found = Found(plan.name, plan.mode.name, moment, reason)
     return searched
 
 

@@ -5,12 +5,13 @@ import trio
 
 from nbdserve.block.backend import BlockBackend
 from nbdserve.block.epoch import Epochs
+from nbdserve.block.run import READ, WRITE, WRITE_FUA, Miss
 from nbdserve.drivers.open import open_file
 from nbdserve.engines.threads import ThreadsEngine
 from nbdserve.filters.power_cut import log_writes
 from nbdserve.formats.qcow2.open import open_qcow2, read_header
 from nbdserve.powercut.outcomes import all_cuts
-from nbdserve.powercut.powercut import PowerCut
+from nbdserve.powercut.powercut import PowerCut, PowerLost
 from nbdserve.powercut.writelog import Kind, WriteLog
 from qcow2_model import MemoryFile, assert_sound, guest_bytes, new_image, pattern
 
@@ -79,3 +80,84 @@ async def test_what_fails_has_not_returned():
     with pytest.raises(OSError, match="no space"):
         await logged.write(0, b"a" * 512)
     assert [record.kind for record in logged.log.records] == [Kind.WRITE]
+
+
+async def test_zeroes_that_would_not_be_fast_have_done_nothing():
+    file = MemoryFile(b"a" * 4096)
+    file.zeroes_fast = False
+    logged = await log_writes(file, PowerCut())
+    with pytest.raises(OSError, match="fast") as refused:
+        await logged.write_zeroes(0, 512, may_unmap=False, fallback=False)
+    assert refused.value.errno == 95
+    assert [record.kind for record in logged.log.records] == [Kind.WRITE_ZEROES, Kind.NOTHING]
+    assert bytes(logged.power_cut.cut(seed=1).content) == file.content == b"a" * 4096
+
+
+# --- the synchronous way --------------------------------------------------------------------------
+
+
+async def test_writes_at_once_are_logged_whether_they_go_or_not():
+    file = MemoryFile(b"a" * 4096)
+    logged = await log_writes(file, PowerCut())
+    ((leaf, offset, length),) = logged.resolve(WRITE, 512, 100)
+    assert (offset, length) == (512, 100)
+    assert leaf.write_nowait(512, b"b" * 100)
+    file.holds["write"] = trio.Event()  # the file says that it would have to wait
+    assert not leaf.write_nowait(0, b"c" * 100)
+    assert [record.kind for record in logged.log.records] == [
+        Kind.WRITE, Kind.END, Kind.WRITE, Kind.NOTHING]
+    assert bytes(logged.log.replay()[0]) == file.content
+    assert logged.resolve(WRITE_FUA, 0, 100) is Miss.OPAQUE
+    assert logged.resolve(READ, 0, 100) == [(file, 0, 100)]
+
+
+async def test_no_write_at_once_beside_one_that_overlaps():
+    file = MemoryFile(b"a" * 4096)
+    logged = await log_writes(file, PowerCut())
+    file.holds["write"] = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(logged.write, 0, b"b" * 1024)
+        await trio.testing.wait_all_tasks_blocked()
+        assert logged.resolve(WRITE, 1000, 100) is Miss.OPAQUE
+        assert logged.resolve(WRITE, 1024, 100) is not Miss.OPAQUE
+        file.holds.pop("write").set()
+    assert logged.resolve(WRITE, 1000, 100) is not Miss.OPAQUE
+    logged.power_cut.cut()
+    assert logged.resolve(WRITE, 1000, 100) is Miss.OPAQUE
+    assert logged.resolve(READ, 1000, 100) is Miss.OPAQUE
+
+
+async def test_what_was_submitted_is_in_the_order_of_the_disk_and_is_waited_for():
+    file = MemoryFile(b"a" * 4096)
+    logged = await log_writes(file, PowerCut())
+    file.holds["write"] = trio.Event()
+    answers = []
+    for letter in (b"b", b"c"):
+        ((leaf, *_),) = logged.resolve(WRITE, 0, 1024)
+        leaf.submit_write(0, letter * 1024, answers.append)
+    await trio.testing.wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(logged.close)
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        file.holds.pop("write").set()
+    assert answers == [None, None]
+    assert bytes(logged.log.replay()[0]) == file.content  # whichever came last
+    assert file.content[:1024] in (b"b" * 1024, b"c" * 1024)
+
+
+async def test_an_error_of_what_was_submitted_is_the_answer():
+    logged = await log_writes(MemoryFile(bytes(4096)), PowerCut())
+    answered = trio.Event()
+    answers = []
+
+    def done(error):
+        answers.append(error)
+        answered.set()
+
+    ((leaf, *_),) = logged.resolve(WRITE, 0, 1024)
+    leaf.submit_write(0, b"b" * 1024, done)
+    logged.power_cut.cut()
+    await answered.wait()
+    assert isinstance(answers[0], PowerLost)
+    await logged.close()

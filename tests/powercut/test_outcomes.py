@@ -107,6 +107,13 @@ def test_the_end_of_the_file_is_where_something_was_kept(log):
     assert outcomes(log) == ["aaaa", "aaaa..y", "aaaa.x", "aaaa.xy"]
 
 
+def test_what_was_refused_may_be_there_only_until_then(log):
+    log.refused(log.begin(Kind.WRITE_ZEROES, 0, 0, S))
+    assert outcomes(log, 1) == [".aaa", "aaaa"]
+    assert outcomes(log) == ["aaaa"]
+    assert letters(log.replay()[0]) == "aaaa"
+
+
 def test_what_makes_no_difference_is_no_outcome(log):
     write(log, 0, "aaaa")
     assert outcomes(log) == ["aaaa"]
