@@ -47,8 +47,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in later]
 
 
-# One guest; and each server is observed once.
-TOGETHER = ("tests/kernel/", "tests/interop/test_cache_modes.py::")
+# One guest; each server is observed once; one environment is made.
+TOGETHER = (
+    "tests/kernel/",
+    "tests/interop/test_cache_modes.py::",
+    "tests/testing/test_project.py::",
+)
+
+# A project of its own, run by tests/testing/test_project.py.
+collect_ignore = ["project"]
 
 
 class _Scheduling(LoadScopeScheduling):
