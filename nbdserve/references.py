@@ -25,13 +25,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbdserve.errors import ImageError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.imageopts import shown
 
 if TYPE_CHECKING:
     from nbdserve.imageopts import Options
 
-__all__ = ["ANY_FILE", "NO_FILE", "References"]
+__all__ = ["ANY_FILE", "NO_FILE", "References", "parse_references"]
 
 OPTION = "--image-refs"
 
@@ -79,3 +79,11 @@ class References:
 
 ANY_FILE = References(allowed=True)
 NO_FILE = References(allowed=False)
+
+
+def parse_references(value: str) -> References:
+    """What `any`, `none` or a folder's path allows. Raises ConfigError: it is none of these."""
+    words = {"any": ANY_FILE, "none": NO_FILE}
+    if value not in words and not os.path.isdir(value):
+        raise ConfigError(f"{OPTION}: {value!r} is neither any nor none nor a folder")
+    return words.get(value) or References(allowed=True, folder=value)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "nbdserve.cli.serve",
     "qemu-nbd": "nbdserve.cli.qemu_nbd",
+    "nbdkit": "nbdserve.cli.nbdkit",
     "create": "nbdserve.cli.create",
     "cut": "nbdserve.cli.cut",
 }

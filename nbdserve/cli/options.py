@@ -8,7 +8,6 @@ any command line means can be asked without serving anything.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +25,7 @@ from nbdserve.config import (
     ServeConfig,
 )
 from nbdserve.errors import ConfigError
-from nbdserve.references import ANY_FILE, NO_FILE, References
+from nbdserve.references import References, parse_references
 from nbdserve.units import parse_size
 
 if TYPE_CHECKING:
@@ -39,10 +38,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
 
 
 def _references(ctx: click.Context, param: click.Parameter, value: str) -> References:
-    words = {"any": ANY_FILE, "none": NO_FILE}
-    if value not in words and not os.path.isdir(value):
-        raise ConfigError(f"--image-refs: {value!r} is neither any nor none nor a folder")
-    return words.get(value) or References(allowed=True, folder=value)
+    return parse_references(value)
 
 
 def _once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:

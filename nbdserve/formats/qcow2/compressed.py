@@ -6,11 +6,13 @@ GIL). What is decompressed is a stranger's data, so no more than one cluster is 
 and no more than MAX_ZSTD_WINDOW of memory is granted on the word of a frame header.
 
 Libraries are imported when the first decompressor for them is made, not with this module: most
-images hold no compressed cluster, and few are zstd (8 ms of start-up).
+images hold no compressed cluster, and few are zstd (8 ms of start-up). Behind nbdkit there may be
+no libraries but Python's own.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import TYPE_CHECKING, Literal
 
@@ -58,6 +60,7 @@ class Decompressor:
     """Turns the compressed clusters of one image into data. Safe to call from several threads."""
 
     def __init__(self, filename: str, compression: CompressionType, cluster_size: int) -> None:
+        """Raises OSError if there is no library for it."""
         self._filename = filename
         self._compression = compression
         self._cluster_size = cluster_size
@@ -104,9 +107,24 @@ def _zlib() -> tuple[Inflate, type[Exception]]:
     return inflate, errors
 
 
+def _plain_zlib() -> tuple[Inflate, type[Exception]]:
+    import zlib
+
+    def inflate(data: Buffer, nb_bytes: int) -> bytes:
+        return zlib.decompressobj(-15).decompress(data, nb_bytes)
+
+    return inflate, zlib.error
+
+
 def _zstd() -> tuple[Inflate, type[Exception]]:
     """A sequence of zstd frames (QEMU writes one, and reads until the cluster is full)."""
-    import zstandard
+    try:
+        import zstandard
+    except ImportError as error:
+        raise OSError(
+            errno.ENOTSUP,
+            "zstd clusters need the Python module zstandard (Debian: python3-zstandard)",
+        ) from error
 
     # A context takes 8 us to make, a fifth of the time a cluster takes, and serves one thread.
     local = threading.local()

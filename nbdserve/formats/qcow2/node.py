@@ -9,6 +9,7 @@ After qcow2_co_pwritev_part, qcow2_co_block_status and qcow2_close of QEMU.
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -313,14 +314,22 @@ class Qcow2Node(Node):
 
 
 class Signal:
-    """An event that can be cleared: something happened since."""
+    """An event that can be cleared: something happened since.
+
+    It may be set where no trio runs, by one who holds trio's thread still (Node, on the
+    synchronous way): then that thread sets the event when it goes on.
+    """
 
     def __init__(self) -> None:
         self._event = trio.Event()
+        self._waiter: tuple[int, trio.lowlevel.TrioToken] | None = None  # its thread and its trio
 
     def set(self) -> None:
         """Something happened."""
-        self._event.set()
+        if self._waiter is not None and self._waiter[0] != threading.get_ident():
+            self._waiter[1].run_sync_soon(self.set, idempotent=True)
+        else:
+            self._event.set()
 
     def clear(self) -> None:
         """It was dealt with."""
@@ -328,4 +337,5 @@ class Signal:
 
     async def wait(self) -> None:
         """Until something has happened."""
+        self._waiter = (threading.get_ident(), trio.lowlevel.current_trio_token())
         await self._event.wait()
