@@ -15,15 +15,14 @@ block/qcow2.c, block/raw-format.c, block/file-posix.c and block/throttle.c.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.faults import parse_faults
-from nbdserve.imageopts import Options, children_of, options_of_name
-from nbdserve.units import parse_size
+from nbdserve.imageopts import Options, options_of_name
+from nbdserve.optionreader import OptionReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -57,7 +56,6 @@ __all__ = [
     "parse_node",
 ]
 
-T = TypeVar("T")
 N = TypeVar("N", bound="NodeOptions")
 
 Aio = Literal["threads", "io_uring", "native"]
@@ -65,12 +63,6 @@ DetectZeroes = Literal["off", "on", "unmap"]
 Discard = Literal["ignore", "unmap"]
 FileDriver = Literal["file", "host_device"]
 Locking = Literal["auto", "on", "off"]
-
-BOOLEANS: dict[str, bool] = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
-"""Every spelling of a bool (follows ``qapi_bool_parse``)."""
 
 DISCARD_MODES: dict[str, Discard] = {
     "ignore": "ignore",
@@ -92,9 +84,6 @@ MAX_NODE_NAME = 31
 """Bytes; QEMU keeps node names in 32 bytes."""
 
 SECTOR = 512
-
-MAX_DIGITS = 20
-"""Of a number that is no size: int() is never handed a megabyte."""
 
 MIN_REFCOUNT_CACHE = 256 << 10
 """Bytes of a cache-size that go to refcounts: four blocks of 64 KiB (MIN_REFCOUNT_CACHE_SIZE)."""
@@ -210,7 +199,7 @@ class ProbedOptions(NodeOptions):
 
     def of_format(self, driver: str) -> NodeOptions:
         """The options for the driver that was found. Raises ConfigError: it does not have them."""
-        return PARENTS[driver](_Reader(self.rest, self.path), self.file)
+        return PARENTS[driver](OptionReader(self.rest, self.path), self.file)
 
 
 def parse_node(options: Mapping[str, Scalar], path: str = "") -> NodeOptions:
@@ -258,7 +247,7 @@ def named_tree(
 def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOptions:
     """`is_child`: without a driver it is a host file, not an image to probe (bdrv_inherited_options
     sets BDRV_O_PROTOCOL for the child of a format)."""
-    reader = _Reader(options, path)
+    reader = OptionReader(options, path)
     driver = reader.text("driver")
     if driver in FILE_DRIVERS or (driver is None and is_child):
         return _file(reader, FILE_DRIVERS[driver] if driver else None)
@@ -276,14 +265,15 @@ def _node(options: Mapping[str, Scalar], path: str, *, is_child: bool) -> NodeOp
     if driver is not None:
         return PARENTS[driver](reader, file)
     rest = reader.left()
-    return ProbedOptions(file=file, rest=rest, path=path, **reader.common())
+    return ProbedOptions(file=file, rest=rest, path=path, **_common(reader))
 
 
-def _file(reader: _Reader, driver: FileDriver | None) -> FileOptions:
+def _file(reader: OptionReader, driver: FileDriver | None) -> FileOptions:
     filename = reader.text("filename")
     if not filename:
         raise ConfigError(f"{reader.path}filename must be given")
-    return reader.finish(
+    return _finish(
+        reader,
         FileOptions,
         driver or "file",
         filename=filename,
@@ -293,17 +283,18 @@ def _file(reader: _Reader, driver: FileDriver | None) -> FileOptions:
     )
 
 
-def _raw(reader: _Reader, file: NodeOptions) -> RawOptions:
+def _raw(reader: OptionReader, file: NodeOptions) -> RawOptions:
     offset, size = reader.size("offset") or 0, reader.size("size")
     if size is not None and size % SECTOR:
         raise ConfigError(f"{reader.path}size: {size} is not a multiple of {SECTOR}")
-    return reader.finish(RawOptions, "raw", file=file, offset=offset, size=size)
+    return _finish(reader, RawOptions, "raw", file=file, offset=offset, size=size)
 
 
-def _qcow2(reader: _Reader, file: NodeOptions) -> Qcow2Options:
+def _qcow2(reader: OptionReader, file: NodeOptions) -> Qcow2Options:
     l2, refcount = _cache_sizes(reader)
     data_file = reader.child("data-file")
-    return reader.finish(
+    return _finish(
+        reader,
         Qcow2Options,
         "qcow2",
         file=file,
@@ -316,7 +307,7 @@ def _qcow2(reader: _Reader, file: NodeOptions) -> Qcow2Options:
     )
 
 
-def _cache_sizes(reader: _Reader) -> tuple[int | None, int | None]:
+def _cache_sizes(reader: OptionReader) -> tuple[int | None, int | None]:
     """(L2, refcount) in bytes; cache-size is the sum of both (follows ``read_cache_sizes``)."""
     names = ("cache-size", "l2-cache-size", "refcount-cache-size")
     total, l2, refcount = (reader.size(name) for name in names)
@@ -334,17 +325,18 @@ def _cache_sizes(reader: _Reader) -> tuple[int | None, int | None]:
     return total - refcount, refcount
 
 
-def _throttle(reader: _Reader, file: NodeOptions) -> ThrottleOptions:
+def _throttle(reader: OptionReader, file: NodeOptions) -> ThrottleOptions:
     group = reader.text("throttle-group")
     if not group:
         raise ConfigError(f"{reader.path}throttle-group must be given")
-    return reader.finish(ThrottleOptions, "throttle", file=file, group=group)
+    return _finish(reader, ThrottleOptions, "throttle", file=file, group=group)
 
 
-def _fault(reader: _Reader, file: NodeOptions) -> FaultOptions:
+def _fault(reader: OptionReader, file: NodeOptions) -> FaultOptions:
     if reader.text("faults") is not None:
         raise ConfigError(f"{reader.path}faults: it is a list, as {reader.path}faults.0.error=EIO")
-    return reader.finish(
+    return _finish(
+        reader,
         FaultOptions,
         "fault",
         file=file,
@@ -354,11 +346,12 @@ def _fault(reader: _Reader, file: NodeOptions) -> FaultOptions:
     )
 
 
-def _power_cut(reader: _Reader, file: NodeOptions) -> PowerCutOptions:
+def _power_cut(reader: OptionReader, file: NodeOptions) -> PowerCutOptions:
     path = reader.text("log")
     if path == "":
         raise ConfigError(f"{reader.path}log: the path is empty")
-    return reader.finish(
+    return _finish(
+        reader,
         PowerCutOptions,
         "power-cut",
         file=file,
@@ -374,8 +367,8 @@ def _find_filter(driver: str) -> type[FilterNode] | None:
     return find_filter(driver)
 
 
-def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:
-    common = reader.common()
+def _custom(reader: OptionReader, file: NodeOptions, kind: type[FilterNode]) -> CustomOptions:
+    common = _common(reader)
     arguments = {key.replace("-", "_"): value for key, value in reader.left().items()}
     try:
         inspect.signature(kind).bind(None, **arguments)
@@ -385,7 +378,7 @@ def _custom(reader: _Reader, file: NodeOptions, kind: type[FilterNode]) -> Custo
 
 
 FILE_DRIVERS: dict[str, FileDriver] = {"file": "file", "host_device": "host_device"}
-PARENTS: dict[str, Callable[[_Reader, NodeOptions], NodeOptions]] = {
+PARENTS: dict[str, Callable[[OptionReader, NodeOptions], NodeOptions]] = {
     "qcow2": _qcow2,
     "raw": _raw,
     "throttle": _throttle,
@@ -395,102 +388,29 @@ PARENTS: dict[str, Callable[[_Reader, NodeOptions], NodeOptions]] = {
 """Drivers that stand on another node, by name."""
 
 
-class _Reader:
-    """Takes the options of one node out of a dict, so that what is left has no meaning."""
-
-    def __init__(self, options: Mapping[str, Scalar], path: str) -> None:
-        self.path = path
-        self._options = dict(options)
-
-    def left(self) -> Options:
-        """What was not taken yet."""
-        return dict(self._options)
-
-    def text(self, key: str) -> str | None:
-        return self._take(key, "a string", lambda value: value if isinstance(value, str) else None)
-
-    def boolean(self, key: str) -> bool | None:
-        def convert(value: Scalar) -> bool | None:
-            return BOOLEANS.get(value) if isinstance(value, str) else _only(value, bool)
-
-        return self._take(key, "on or off", convert)
-
-    def size(self, key: str) -> int | None:
-        def convert(value: Scalar) -> int | None:
-            if isinstance(value, bool) or not isinstance(value, (int, str)):
-                return None
-            return parse_size(str(value), f"{self.path}{key}")
-
-        return self._take(key, "a size in bytes", convert)
-
-    def integer(self, key: str) -> int | None:
-        def convert(value: Scalar) -> int | None:
-            text = str(value)
-            return int(text) if text.isdecimal() and len(text) < MAX_DIGITS else None
-
-        return self._take(key, "a number", convert)
-
-    def choice(self, key: str, known: Mapping[str, T]) -> T | None:
-        def convert(value: Scalar) -> T | None:
-            return known.get(value) if isinstance(value, str) else None
-
-        return self._take(key, f"one of {', '.join(known)}", convert)
-
-    def child(self, name: str, *, nullable: bool = False) -> Options | None:
-        """The options of a child; empty if none are given. `nullable`: null or an empty value in
-        their place say that there shall be no child, which is None."""
-        if name in self._options:
-            value = self._options.pop(name)
-            if nullable and value in (None, ""):
-                return None
-            raise ConfigError(
-                f"{self.path}{name}: there is no node {value!r} to refer to;"
-                f" a file is named by {self.path}{name}.filename"
-            )
-        found = children_of(self._options, name)
-        for key in found:
-            del self._options[f"{name}.{key}"]
-        return found
-
-    def finish(self, kind: type[N], driver: str, /, **fields: Any) -> N:  # noqa: ANN401
-        """The node, once all its own options were taken. Raises ConfigError for what is left."""
-        node = kind(**fields, **self.common())
-        for key in self._options:
-            raise ConfigError(f"{self.path}{key}: the driver {driver} has no such option")
-        return node
-
-    def common(self) -> dict[str, Any]:
-        """The fields of NodeOptions."""
-        name = self.text("node-name")
-        if name is not None:
-            _check_node_name(f"{self.path}node-name", name)
-        return {
-            "node_name": name,
-            "read_only": self.boolean("read-only"),
-            "auto_read_only": self.boolean("auto-read-only"),
-            "force_share": self.boolean("force-share"),
-            "direct": self.boolean("cache.direct"),
-            "no_flush": self.boolean("cache.no-flush"),
-            "discard": self.choice("discard", DISCARD_MODES),
-            "detect_zeroes": self.choice("detect-zeroes", DETECT_ZEROES_MODES),
-        }
-
-    def _take(self, key: str, kind: str, convert: Callable[[Scalar], T | None]) -> T | None:
-        if key not in self._options:
-            return None
-        value = self._options.pop(key)
-        converted = convert(value)
-        if converted is None:
-            raise ConfigError(f"{self.path}{key}: {_spelt(value)} is not {kind}")
-        return converted
+def _finish(reader: OptionReader, kind: type[N], driver: str, /, **fields: Any) -> N:  # noqa: ANN401
+    """The node, once all its own options were taken. Raises ConfigError for what is left."""
+    node = kind(**fields, **_common(reader))
+    for key in reader.left():
+        raise ConfigError(f"{reader.path}{key}: the driver {driver} has no such option")
+    return node
 
 
-def _only(value: Scalar, kind: type[T]) -> T | None:
-    return value if isinstance(value, kind) else None
-
-
-def _spelt(value: Scalar) -> str:
-    return repr(value) if isinstance(value, str) else json.dumps(value)
+def _common(reader: OptionReader) -> dict[str, Any]:
+    """The fields of NodeOptions."""
+    name = reader.text("node-name")
+    if name is not None:
+        _check_node_name(f"{reader.path}node-name", name)
+    return {
+        "node_name": name,
+        "read_only": reader.boolean("read-only"),
+        "auto_read_only": reader.boolean("auto-read-only"),
+        "force_share": reader.boolean("force-share"),
+        "direct": reader.boolean("cache.direct"),
+        "no_flush": reader.boolean("cache.no-flush"),
+        "discard": reader.choice("discard", DISCARD_MODES),
+        "detect_zeroes": reader.choice("detect-zeroes", DETECT_ZEROES_MODES),
+    }
 
 
 def _check_node_name(option: str, name: str) -> None:

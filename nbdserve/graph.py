@@ -25,7 +25,8 @@ from nbdserve.errors import ImageError, NoDirectIOError
 from nbdserve.filters.throttle_group import ThrottleGroups, ThrottleMember
 from nbdserve.formats.qcow2.node import Qcow2Node
 from nbdserve.inherit import root_settings
-from nbdserve.opener import NodeNames, Opener
+from nbdserve.nodenames import NodeNames
+from nbdserve.opener import Opener
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping

@@ -23,52 +23,49 @@ from nbdserve.block.epoch import Epochs
 from nbdserve.block.filter import FilterNode
 from nbdserve.block.node import Leaf
 from nbdserve.blockdev import (
-    CustomOptions,
-    FaultOptions,
     FileOptions,
     FilterOptions,
     MemoryOptions,
-    PowerCutOptions,
     ProbedOptions,
     Qcow2Options,
     RawOptions,
-    ThrottleOptions,
     named_tree,
     parse_node,
 )
 from nbdserve.drivers.direct import DirectFileNode
-from nbdserve.drivers.file import FileNode
 from nbdserve.drivers.memory import MemoryNode
 from nbdserve.drivers.open import open_file
 from nbdserve.errors import ConfigError, ImageError, NbdserveError
 from nbdserve.filters.fault import FaultNode
-from nbdserve.filters.power_cut import PowerCutNode, log_writes
-from nbdserve.filters.throttle import ThrottleNode
 from nbdserve.formats.probe import PROBE_SIZE, RAW_PROBED_WARNING, probe_format
 from nbdserve.formats.qcow2.node import CacheSizes, Qcow2Node
 from nbdserve.formats.qcow2.open import open_qcow2, read_header
 from nbdserve.formats.raw import RawNode
 from nbdserve.imageopts import options_of_name, shown
 from nbdserve.inherit import ChildRole, child_settings
+from nbdserve.openfilters import FILTERS
 from nbdserve.place import Place, Use
 from nbdserve.powercut.powercut import PowerCut, PowerLost
+from nbdserve.wards import Wards
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from nbdserve.block.node import Node
-    from nbdserve.block.redo import RedoLog
     from nbdserve.blockdev import NodeOptions
+    from nbdserve.drivers.file import FileNode
     from nbdserve.engines.engine import Engine
     from nbdserve.engines.start import Engines
     from nbdserve.faults import Fault
     from nbdserve.filters.throttle_group import ThrottleGroups
     from nbdserve.formats.qcow2.header import Header
-    from nbdserve.guardian import Guardian, Ward
+    from nbdserve.guardian import Guardian
+    from nbdserve.imageopts import Options
     from nbdserve.inherit import Effective
+    from nbdserve.nodenames import NodeNames
     from nbdserve.references import References
 
-__all__ = ["MAX_NODES", "NodeNames", "Opener"]
+__all__ = ["MAX_NODES", "Opener"]
 
 N = TypeVar("N", bound="Node")
 Parent = ProbedOptions | Qcow2Options | RawOptions | FilterOptions
@@ -78,28 +75,6 @@ log = logging.getLogger("nbdserve.graph")
 
 # A chain has two to an image; a header may name a tree that branches.
 MAX_NODES = 1024
-
-
-class NodeNames:
-    """The node names of a process; each names one node."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-        self._made = 0
-
-    def take(self, wanted: str | None) -> str:
-        """The name for a node; one of our own, which no user can have taken, if none is wanted."""
-        if wanted is None:
-            self._made += 1
-            return f"#block{self._made:03}"
-        if wanted in self._taken:
-            raise ConfigError(f"node-name: {wanted!r} is given to two nodes")
-        self._taken.add(wanted)
-        return wanted
-
-    def give_back(self, name: str) -> None:
-        """The node is closed."""
-        self._taken.discard(name)
 
 
 class Opener:
@@ -121,9 +96,8 @@ class Opener:
         self._groups = groups
         self._names = names
         self._references = references
-        self._guardian = guardian
-        self.power_cut: PowerCut | None = None  # of all power-cut nodes
-        self._wards: list[Ward] = []
+        self.power_cut = PowerCut()
+        self._wards = Wards(guardian)
         self._engine_of: dict[Node, Engine] = {}
         self._overlay_named = False
 
@@ -246,37 +220,8 @@ class Opener:
         self, options: FilterOptions, settings: Effective, place: Place, probed: FileNode | None
     ) -> Node:
         file = await self._file(options, settings, place.file(place.use, settings), probed)
-        return self._add(FILTERS[type(options)](self, file, options, place.path), options, settings)
-
-    async def _open_power_cut(
-        self, options: PowerCutOptions, settings: Effective, place: Place, probed: FileNode | None
-    ) -> Node:
-        file = await self._file(options, settings, place.file(place.use, settings), probed)
-        self.power_cut = self.power_cut or PowerCut()
-        try:
-            self.power_cut.agree(options.history, options.max_data, options.log)
-        except ValueError as error:
-            raise ConfigError(f"{place.path}{error}") from None
-        except OSError as error:
-            raise ConfigError(f"{place.path}log: {options.log}: {error.strerror}") from None
-        name = options.node_name or os.path.basename(file.filename)
-        node = await log_writes(file, self.power_cut, name)
+        node = await FILTERS[type(options)](file, options, place.path, self._groups, self.power_cut)
         return self._add(node, options, settings)
-
-    def _throttle(self, file: Node, options: ThrottleOptions, path: str) -> ThrottleNode:
-        member = self._groups.join_existing(options.group)
-        if member is None:
-            raise ConfigError(f"{path}throttle-group: there is no group {options.group!r}")
-        return ThrottleNode(file, member)
-
-    def _fault(self, file: Node, options: FaultOptions, path: str) -> FaultNode:
-        return FaultNode(file, options.faults, seed=options.seed, room=options.room)
-
-    def _custom(self, file: Node, options: CustomOptions, path: str) -> FilterNode:
-        try:
-            return options.kind(file, **options.arguments)
-        except ValueError as error:
-            raise ConfigError(f"{path}driver={options.kind.driver}: {error}") from None
 
     async def _open_qcow2(
         self, options: Qcow2Options, settings: Effective, place: Place, probed: FileNode | None
@@ -288,7 +233,9 @@ class Opener:
         data_file = await self._open_data_file(options, header, settings, place, _leaf(file))
         backing = await self._open_backing(options, header, settings, place, _leaf(file))
         defaults = CacheSizes()
-        log = None if settings.read_only else self._watch(file, data_file, settings)
+        log = None
+        if not settings.read_only:
+            log = self._wards.watch(file, data_file, no_flush=settings.no_flush)
         node = await open_qcow2(
             file,
             backing,
@@ -308,30 +255,6 @@ class Opener:
             log=log,
         )
         return self._add(node, options, settings)
-
-    def _watch(self, file: Node, data_file: Node | None, settings: Effective) -> RedoLog | None:
-        """Have the guardian take care of an image; None without one, or if the image or its data
-        file is none that a guardian could write to."""
-        leaf = _watched(file)
-        if self._guardian is None or leaf is None:
-            return None
-        if data_file is not None and _watched(data_file) is None:
-            return None
-        offset, node = 0, file
-        while node is not leaf:
-            if isinstance(node, RawNode):
-                offset += node.offset
-            node = node.children["file"]
-        ward = self._guardian.watch(
-            leaf,
-            None if data_file is None else _watched(data_file),
-            offset=offset,
-            no_flush=settings.no_flush,
-        )
-        if ward is None:
-            return None
-        self._wards.append(ward)
-        return ward.log
 
     async def _open_data_file(
         self,
@@ -380,7 +303,7 @@ class Opener:
             place = place._replace(path="")  # options that the name has are not the user's
         image_format = None if "driver" in given else header.backing_format
         try:
-            if name is None or "file.filename" in given:
+            if name is None or _names_a_file(given):
                 found = given if image_format is None else {"driver": image_format, **given}
                 tree = parse_node(found, place.path)
             else:
@@ -428,10 +351,8 @@ class Opener:
             except Exception as error:  # a bug in one node shall not leave the others open
                 first_error = first_error or error
             self._names.give_back(node.node_name)
-        while self._wards:
-            self._wards.pop().close()
-        if self.power_cut is not None:
-            self.power_cut.log.close()
+        self._wards.close()
+        self.power_cut.log.close()
         self._engine_of.clear()
         if first_error is not None:
             raise first_error
@@ -440,20 +361,18 @@ class Opener:
 DRIVERS: dict[type[NodeOptions], Callable[..., Awaitable[Node]]] = {
     Qcow2Options: Opener._open_qcow2,
     RawOptions: Opener._open_raw,
-    ThrottleOptions: Opener._open_filter,
-    FaultOptions: Opener._open_filter,
-    PowerCutOptions: Opener._open_power_cut,
-    CustomOptions: Opener._open_filter,
+    **dict.fromkeys(FILTERS, Opener._open_filter),
 }
 """What opens each kind of node but files: (opener, options, settings, place, file that was probed,
 and so is open)."""
 
-FILTERS: dict[type[FilterOptions], Callable[..., FilterNode]] = {
-    ThrottleOptions: Opener._throttle,
-    FaultOptions: Opener._fault,
-    CustomOptions: Opener._custom,
-}
-"""What makes each kind of filter: (opener, its child, options, what stands before their names)."""
+
+def _names_a_file(options: Options) -> bool:
+    """Whether options say what the data of a node is in, perhaps with filters between."""
+    return any(
+        name == "filename" and set(path.split(".")) == {"file"}
+        for path, _, name in (key.rpartition(".") for key in options)
+    )
 
 
 def _leaf_name(options: NodeOptions) -> str:
@@ -469,16 +388,6 @@ def _leaf(node: Node) -> Leaf:
     while not isinstance(node, Leaf):
         node = node.children["file"]
     return node
-
-
-def _watched(node: Node) -> FileNode | None:
-    """The host's file that a node's own data is in, if a guardian may write there: not if it is in
-    the disk of another image, or in memory, or if what is written must pass a power cut."""
-    while not isinstance(node, Leaf):
-        if isinstance(node, (Qcow2Node, PowerCutNode)):
-            return None
-        node = node.children["file"]
-    return node if isinstance(node, FileNode) else None
 
 
 def _is_disk(node: Node) -> bool:

@@ -185,7 +185,7 @@ class Server:
         self._max_clients = config.max_clients
         self._persistent = config.persistent
         self._connections: dict[Connection, str] = {}  # with the client's name
-        self._scopes: dict[Connection, trio.CancelScope] = {}
+        self._lines: dict[Connection, tuple[socket.socket, trio.CancelScope]] = {}
         self._nb_accepted = 0
         self._started = trio.current_time()
         self._room = trio.lowlevel.ParkingLot()
@@ -210,7 +210,9 @@ class Server:
 
     def disconnect(self) -> None:
         """Drop all clients, without a word and whatever they wait for; others may come."""
-        for scope in self._scopes.values():
+        for sock, scope in self._lines.values():
+            with contextlib.suppress(OSError):  # it has gone itself
+                sock.shutdown(socket.SHUT_RDWR)  # no reply leaves from here on
             scope.cancel()
 
     async def run(self) -> None:
@@ -280,6 +282,7 @@ class Server:
             )  # fmt: skip
             name = "{}:{}".format(*address[:2]) if address else "on the unix socket"
             self._connections[connection] = name
+            self._lines[connection] = sock, trio.CancelScope()
             self._nb_accepted += 1
             clients.start_soon(self._run_client, connection, sock, name)
 
@@ -288,7 +291,7 @@ class Server:
     ) -> None:
         log.info("client %s connected", name)
         try:
-            with trio.CancelScope() as self._scopes[connection]:
+            with self._lines[connection][1]:
                 await connection.run()
         except Exception as error:
             # A bug of ours; the other clients shall not suffer from it.
@@ -296,7 +299,7 @@ class Server:
             log.debug("client %s", name, exc_info=True)
         finally:
             sock.close()
-            del self._connections[connection], self._scopes[connection]
+            del self._connections[connection], self._lines[connection]
             self._room.unpark_all()
         log.info("client %s left", name)
         if not self._persistent and not self._connections and connection.negotiated:

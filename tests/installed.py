@@ -65,8 +65,8 @@ def _make(folder: pathlib.Path, sources: pathlib.Path) -> None:
     pip = [sys.executable, "-m", "pip", f"--python={folder}", "install", "--quiet",
            "--disable-pip-version-check", "--no-input"]
     wheels = sources / "wheels"
-    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={wheels}", sources,
-         sources / "project")
+    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
+         f"--wheel-dir={wheels}", sources, sources / "project")
     _run(*pip, *wheels.glob("*.whl"), *OTHERS)
     shutil.rmtree(sources)
 

@@ -277,10 +277,10 @@ class InlineEngine:
 
 @contextlib.asynccontextmanager
 async def open_memory(
-    file: MemoryFile,
+    file: Node,
     *,
     backing: Node | None = None,
-    data_file: MemoryFile | None = None,
+    data_file: Node | None = None,
     read_only: bool = False,
     cache_sizes: CacheSizes | None = None,
     settle: bool = False,

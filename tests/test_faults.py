@@ -1,8 +1,12 @@
 """Faults as values: what they parse from, what they are about, and what makes no sense."""
 
 import errno
+import pathlib
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdserve.blockdev import FaultOptions, parse_node
 from nbdserve.errors import ConfigError, ImageError
@@ -200,6 +204,26 @@ def test_an_error_names_the_option_with_its_path(text, said):
         assert str(refused.value).startswith(prefix + said)
 
 
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([text for text, _ in VALUES.values()])
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from([*KINDS, "file", ""]), SCALARS, max_size=6))
+def test_any_options_are_a_fault_or_refused_in_one_line(options):
+    said = "faults.0"
+    try:
+        fault = parse_fault(options, "faults.0.")
+    except ConfigError as error:
+        said = str(error)
+    else:
+        assert Fault(**{key.replace("-", "_"): value for key, value in fault.options()}) == fault
+        assert fault.ops
+    assert said.startswith("faults.0")
+    assert "\n" not in said
+
+
 def test_a_node_has_faults_in_their_order_a_seed_and_room():
     text = "".join(f",faults.{number}.after={number},faults.{number}.stuck=on"
                    for number in reversed(range(11)))  # fmt: skip
@@ -222,6 +246,24 @@ def test_json_is_as_good():
 
 def test_no_faults_are_an_empty_list():
     assert parse_faults({}, "faults.") == ()
+
+
+def test_the_examples_of_the_manual():
+    """Each option has one for the command line and one in Python, and they say the same."""
+    manual = (pathlib.Path(__file__).parent.parent / "docs" / "faults.md").read_text()
+    manual = manual[manual.index("## Triggers") : manual.index("## On command")]
+    rows = [line.split(" | ") for line in manual.splitlines() if line.startswith("| `")]
+    documented = set()
+    for option, _, *examples in rows:
+        text, python = (re.search("`(.+?)`", example)[1] for example in examples)
+        documented |= set(re.findall("`(.+?)`", option))
+        try:
+            fault = parse_fault(text)
+        except ConfigError:  # a trigger alone
+            text, python = f"{text},stuck=on", f"{python}, stuck=True"
+            fault = parse_fault(text)
+        assert fault == eval(f"Fault({python})"), text
+    assert documented == KINDS.keys()
 
 
 def test_no_image_may_ask_for_faults():

@@ -590,6 +590,19 @@ async def test_another_backing_file(overlay, tmp_path):
             assert await read(backend, 0, 6) == b"other\0"
 
 
+@pytest.mark.parametrize("where", ["backing.file", "backing"])
+async def test_a_backing_file_behind_a_filter(overlay, where):
+    """Its file is named further down than usual; what the image names is not asked for either."""
+    fault = f"{where}.driver=fault,{where}.faults.0.ops=read,{where}.faults.0.offset=4"
+    driver = "backing.file.driver=raw," if where == "backing" else ""
+    file = f"{driver}backing.file.file.filename=disk.img"
+    text = f"{TOP},{fault},{where}.faults.0.error=EIO,{file}"
+    async with open_backend(tree(text)) as backend:
+        assert await read(backend, 0, 4) == b"raw!"
+        with pytest.raises(OSError, match="a fault"):
+            await read(backend, 0, 8)
+
+
 @pytest.mark.parametrize(
     "name", ["nbd://localhost/x", "json:{", 'json:{"offset": 512, "file.filename": "gone"}']
 )

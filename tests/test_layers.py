@@ -21,14 +21,15 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "nbdserve"
 # version) is open to all.  drivers/ is absent from all rows but those of opener and graph, which
 # alone know every driver, and of place and guardian, which know the image locks.  cli/ may use
 # formats/ for what opens no tree: making an image.  A row may name one module of another layer.
-NODE_OPTIONS = {"imageopts", "blockdev", "inherit"}
+NODE_OPTIONS = {"imageopts", "optionreader", "blockdev", "inherit"}
 BLOCK_STACK = {"errors", "config", "block"}
 MAY_IMPORT = {
     "errors": set(),
     "units": {"errors"},
     "imageopts": {"errors"},
     "faults": {"errors", "units", "imageopts"},
-    "blockdev": {"errors", "units", "imageopts", "faults", "block", "powercut"},
+    "optionreader": {"errors", "units", "imageopts"},
+    "blockdev": {"errors", "optionreader", "units", "imageopts", "faults", "block", "powercut"},
     "inherit": {"errors", "blockdev"},
     "references": {"errors", "imageopts"},
     "config": {"errors", "references", "faults"} | NODE_OPTIONS,
@@ -44,12 +45,16 @@ MAY_IMPORT = {
     "powercut": {"errors"},
     "place": NODE_OPTIONS | {"errors", "drivers", "block"},
     "guardian": {"block", "drivers", "errors"},
+    "nodenames": {"errors"},
+    "wards": {"block", "drivers", "filters", "formats", "guardian"},
+    "openfilters": {"errors", "block", "blockdev", "filters", "powercut"},
     "opener": BLOCK_STACK | NODE_OPTIONS
     | {"engines", "drivers", "formats", "filters", "faults", "place", "references", "guardian"}
+    | {"nodenames", "openfilters", "wards"}
     | {"powercut"},
     "graph": BLOCK_STACK
     | NODE_OPTIONS
-    | {"engines", "drivers", "formats", "filters", "opener", "guardian"},
+    | {"engines", "drivers", "formats", "filters", "nodenames", "opener", "guardian"},
     "server": BLOCK_STACK | {"listeners", "nbd", "graph", "pidfile", "statistics", "guardian"},
     "testing": BLOCK_STACK
     | {"cli", "units", "listeners", "formats", "filters", "graph", "server", "powercut", "faults"}

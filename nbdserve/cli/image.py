@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from nbdserve.blockdev import (
     AIO_MODES,
-    BOOLEANS,
     DETECT_ZEROES_MODES,
     DISCARD_MODES,
     named_tree,
@@ -23,6 +22,7 @@ from nbdserve.blockdev import (
 from nbdserve.config import CACHE_AUTO, CACHE_MODES, CacheMode, ImageConfig
 from nbdserve.errors import ConfigError, naming
 from nbdserve.imageopts import options_of_name, parse_image_opts
+from nbdserve.optionreader import BOOLEANS
 
 if TYPE_CHECKING:
     from nbdserve.blockdev import NodeOptions

@@ -208,7 +208,7 @@ class FaultNode(FilterNode):
                 await member.admit(READ if request.op == "read" else WRITE, request.length)
         if fault.stuck:
             self._note(hit, request, "is stuck")
-            await holding.hold(hit.rule, fault.if_file)
+            await holding.hold(hit.rule, hit.rule.file)
             self._note(hit, request, "is let go")
 
     async def _change(self, request: _Request, whole: Whole, part: Part | None = None) -> None:

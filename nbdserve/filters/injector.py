@@ -34,11 +34,13 @@ SECTOR = 512
 
 class Rule:
     """A fault of an injector. `matched`: how many requests had all its triggers but `after`,
-    `count` and `probability`; `injected`: to how many it was done."""
+    `count` and `probability`; `injected`: to how many it was done. `file`: the path of `if_file`,
+    from now on wherever the process goes."""
 
     def __init__(self, fault: Fault, number: int) -> None:
         self.fault = fault
         self.number = number
+        self.file = None if fault.if_file is None else os.path.abspath(fault.if_file)
         self.matched = 0
         self.injected = 0
 
@@ -100,7 +102,7 @@ class Injector:
         fault = rule.fault
         if not fault.concerns(op, offset, length):
             return None
-        if fault.if_file is not None and not self._exists(fault.if_file):
+        if rule.file is not None and not self._exists(rule.file):
             return None
         rule.matched += 1
         hit = Hit(rule, rule.matched, self.seed)

@@ -4,7 +4,7 @@ Everything here is sans-IO (it eats bytes and gives back bytes and values, and k
 socket, no clock and no trio) but for connection.py with its outbox.py and late.py, and
 poller.py. The modules follow the life of a connection: handshake.py and options.py
 negotiate it, requests.py cuts the stream into requests, validate.py refuses the wrong
-ones, connection.py does at once what can be done at once, late.py and commands.py the
+ones, batch.py does at once what can be done at once, late.py and commands.py the
 rest, replies.py encodes the answers. proto.py declares every message; wire.py holds the fast
 twins of the few that are met once per request.
 

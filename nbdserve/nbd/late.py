@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import deque
 from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
@@ -93,6 +94,7 @@ class LateRequests:
         self._on_reply = on_reply
         self._on_disconnect = on_disconnect
         self._log = log
+        self._starting: deque[tuple[Request, memoryview | bytes | None, int, int]] = deque()
         self.began = 0  # perf_counter_ns() at which the batch was begun that requests are of
         self._credit(self._backend.accounts.open())
 
@@ -155,7 +157,8 @@ class LateRequests:
             nb_bytes = max(nb_bytes, CAPACITY)  # it keeps the whole buffer that it came in
         self._count(1, nb_bytes)
         self._poller.busy += 1
-        self._backend.nursery.start_soon(self._run, request, data, nb_bytes, self.began)
+        self._starting.append((request, data, nb_bytes, self.began))
+        self._backend.nursery.start_soon(self._run_next)
 
     def queue_read(self, request: Request) -> bool:
         """Submit a READ that is within bounds; False: it must go another way."""
@@ -249,9 +252,10 @@ class LateRequests:
                 self._buffers.give(buffer)
         return taken
 
-    async def _run(
-        self, request: Request, data: memoryview | bytes | None, nb_bytes: int, began: int
-    ) -> None:
+    async def _run_next(self) -> None:
+        """Run the oldest that has no task yet: trio begins tasks in any order, and the nodes shall
+        meet a client's requests in the client's."""
+        request, data, nb_bytes, began = self._starting.popleft()
         head, cookie, offset, length, _ = request
         reply: list[bytes | bytearray] = []
         try:

@@ -31,7 +31,7 @@ from nbdserve.guardian import guardian
 from nbdserve.nbdkit.disk import Disk
 from nbdserve.nbdkit.loop import Loop
 from nbdserve.nbdkit.native import ThreadStates, Told, tell_in_one_line
-from nbdserve.nbdkit.parameters import Parameters, for_reading, help_text
+from nbdserve.nbdkit.parameters import PARAMETERS, Parameters, for_reading
 from nbdserve.statistics import log_statistics, plain
 
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ def _failed(what: str, error: OSError) -> Told:
 
 
 def dump_plugin() -> None:
-    print(f"nbdserve_version={__version__}")
-    print("nbdserve_formats=qcow2,raw")
-    print("nbdserve_parameters=" + help_text().replace("\n", "\\n"))
+    # nbdkit ends without Python's knowing: what is not flushed is lost.
+    print(f"nbdserve_version={__version__}", f"nbdserve_parameters={','.join(PARAMETERS)}",
+          sep="\n", flush=True)  # fmt: skip
 
 
 def thread_model() -> int:

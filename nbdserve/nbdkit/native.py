@@ -74,4 +74,4 @@ def tell_in_one_line() -> None:
         told = [str(part) for part in error if isinstance(part, Told)]
         return told or list(whole(*error, **options))
 
-    traceback.format_exception = format_exception  # type: ignore[assignment]
+    traceback.format_exception = format_exception

@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from nbdserve.blockdev import AIO_MODES, BOOLEANS, DETECT_ZEROES_MODES, DISCARD_MODES
+from nbdserve.blockdev import AIO_MODES, DETECT_ZEROES_MODES, DISCARD_MODES
 from nbdserve.cli.image import drive_config
 from nbdserve.cli.objects import parse_objects
 from nbdserve.cli.throttle import parse_throttle
 from nbdserve.config import CACHE_MODES, ExportConfig, ImageConfig
 from nbdserve.errors import ConfigError, naming
 from nbdserve.faults import parse_fault
+from nbdserve.optionreader import BOOLEANS
 from nbdserve.references import parse_references
 from nbdserve.units import parse_size
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nbdserve.config import ThrottleLimits
     from nbdserve.imageopts import Options
 
-__all__ = ["PARAMETERS", "Parameters", "help_text"]
+__all__ = ["PARAMETERS", "Parameters", "for_reading"]
 
 
 def _one_of(words: Iterable[str]) -> Callable[[str], str]:
@@ -77,13 +78,6 @@ PARAMETERS = {
     "description": Parameter("Description shown to clients that list exports."),
 }  # fmt: skip
 """What there is beside the options of nodes; each as the option of that name in `serve`."""
-
-
-def help_text() -> str:
-    """A line for each parameter."""
-    width = max(map(len, PARAMETERS)) + 1
-    lines = [f"{name + '=':{width}}  {parameter.help}" for name, parameter in PARAMETERS.items()]
-    return "\n".join([*lines, "and options of nodes, as file.filename=, l2-cache-size=."])
 
 
 @dataclass(slots=True)

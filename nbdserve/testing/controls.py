@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import trio
 
+from nbdserve.filters.fault import FaultNode
 from nbdserve.testing.aside import aside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nbdserve.block.node import Node
     from nbdserve.faults import Fault
-    from nbdserve.filters.fault import FaultNode
     from nbdserve.filters.injector import Rule
     from nbdserve.testing.hosted import Hosted
 
-__all__ = ["FaultControl", "find"]
-
-N = TypeVar("N", bound="Node")
+__all__ = ["FaultControl", "fault_nodes"]
 
 WAIT_SECONDS = 10.0
 
 
-def find(root: Node, kind: type[N], *, below: bool) -> N:
-    """The uppermost node of a kind that is above the format, or `below` it."""
-    return next(
-        node for node, under in _path(root) if isinstance(node, kind) and under is below
-    )
-
-
-def _path(node: Node) -> Iterator[tuple[Node, bool]]:
-    """The nodes from the root to the file, and whether each is below the format."""
-    below = False
-    while True:
-        yield node, below
-        below = below or not node.is_filter
-        if "file" not in node.children:
-            return
-        node = node.children["file"]
+def fault_nodes(root: Node) -> list[FaultNode]:
+    """Those between the root and the file, the uppermost first."""
+    found = [root] if isinstance(root, FaultNode) else []
+    below = root.children.get("file")
+    return found if below is None else found + fault_nodes(below)
 
 
 class FaultControl:

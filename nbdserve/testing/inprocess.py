@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbdserve.config import ListenConfig
 from nbdserve.errors import ConfigError
-from nbdserve.filters.fault import FaultNode
 from nbdserve.filters.power_cut import power_cut_of
 from nbdserve.server import open_server
-from nbdserve.testing.controls import FaultControl, find
+from nbdserve.testing.controls import FaultControl, fault_nodes
 from nbdserve.testing.hosted import Hosted
 from nbdserve.testing.images import InMemory
 from nbdserve.testing.logs import Log
@@ -70,11 +69,19 @@ class InProcess(Served):
         except BaseException:
             self._log.close()
             raise
+        try:
+            self._look()
+        except BaseException:
+            self._stop()
+            raise
+
+    def _look(self) -> None:
         self.backend = self._server.exports[0].backend
         self.uri, self.size = self._server.uris[0], self.backend.size
         root = self.backend.root
-        self.faults = FaultControl(self._thread, find(root, FaultNode, below=False))
-        self.file_faults = FaultControl(self._thread, find(root, FaultNode, below=True))
+        above, *_, below = fault_nodes(root)  # the plan has both
+        self.faults = FaultControl(self._thread, above)
+        self.file_faults = FaultControl(self._thread, below)
         self._power_cut = power_cut_of(root)
 
     def _stop(self) -> None:
@@ -98,18 +105,25 @@ class InProcess(Served):
     # --- the disk, past the protocol ------------------------------------------------------------
 
     def read(self, offset: int, length: int) -> bytes:
-        """What the disk holds, as its clients would read it. Raises OSError."""
+        """What the disk holds, as its clients would read it. Raises OSError; ValueError: it ends
+        before."""
+        self._check(offset, length)
         buffer = bytearray(length)
         self._thread.run(self.backend.read, offset, memoryview(buffer))
         return bytes(buffer)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Raises OSError."""
+        """As a client's; raises as `read`."""
+        self._check(offset, len(data))
         self._thread.run(self.backend.write, offset, data)
 
     def flush(self) -> None:
-        """Raises OSError."""
+        """As a client's. Raises OSError."""
         self._thread.run(self.backend.flush)
+
+    def _check(self, offset: int, length: int) -> None:
+        if not 0 <= offset <= offset + length <= self.size:
+            raise ValueError(f"{length} bytes at {offset}: the disk has {self.size}")
 
     # --- power cuts -----------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """What servers in this process log, each apart, whatever the program does with its logging.
 
 The server's own log is at DEBUG or INFO level, which nobody has turned on, and a test wants all of
-it when it fails. So while servers run the logger ``nbdserve`` hands every record to the `Log` of
-the thread that made it, and passes on to the loggers above just what would have got there without
-this.
+it when it fails. So while servers run the logger ``nbdserve`` lets every record through, to the
+`Log` of the thread that made it; and above it stands a gate, in place of its parent, that lets
+through what would have got there without this. The program, and pytest, see the logger as they
+left it, but for its level, and may change that: they get what they ask for.
 """
 
 from __future__ import annotations
@@ -52,26 +53,48 @@ class Log:
 _format = logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%H:%M:%S")
 
 
+EVERYTHING = logging.DEBUG - 1
+"""The level while servers run: one that nobody else asks for."""
+
+
 class _Tap(logging.Handler):
-    def install(self) -> None:
-        self._before = _above.level, _above.propagate
-        self._level = _above.getEffectiveLevel()
-        _above.setLevel(logging.DEBUG)
-        _above.propagate = False
-        _above.addHandler(self)
-
-    def remove(self) -> None:
-        _above.removeHandler(self)
-        _above.level, _above.propagate = self._before
-        _above.setLevel(_above.level)  # loggers below remember what is enabled
-
     def emit(self, record: logging.LogRecord) -> None:
         found = _logs.get(record.thread)
         if found is not None:
             found.take(record)
-        _, propagated = self._before
-        if propagated and record.levelno >= self._level and _above.parent is not None:
-            _above.parent.handle(record)
+
+    def install(self) -> None:
+        _gate.install()
+        _above.addHandler(self)
+        _above.setLevel(EVERYTHING)
+
+    def remove(self) -> None:
+        _above.removeHandler(self)
+        _gate.remove()
 
 
-_tap = _Tap()
+class _Gate(logging.Handler):
+    """A logger's parent is a chain of handlers to it; this one's only link."""
+
+    def install(self) -> None:
+        self._level = _above.level
+        self._parent = _above.parent
+        _above.parent = self._logger = logging.Logger("nbdserve's gate")
+        self._logger.addHandler(self)
+        self._logger.propagate = False
+
+    def remove(self) -> None:
+        _above.parent = self._parent
+        if _above.level == EVERYTHING:
+            _above.setLevel(self._level)  # loggers below remember what is enabled, this tells them
+
+    def emit(self, record: logging.LogRecord) -> None:
+        parent = self._parent
+        if parent is None:
+            return
+        level = self._level if _above.level == EVERYTHING else _above.level
+        if record.levelno >= (level or parent.getEffectiveLevel()):
+            parent.callHandlers(record)
+
+
+_tap, _gate = _Tap(), _Gate()

@@ -4,6 +4,10 @@ image, `FaultyFile` is one of them.
 A fault fails one operation, or all from one on until `lift`. `FULL` is another kind: from one
 operation on the file system has no room left. Then only writes into blocks that were never written,
 or that were discarded, fail, and what a discard frees may be used again.
+
+A leaf of its own, although there is a filter that makes requests fail (filters/fault.py): half of
+the ways to a file are synchronous or by submission, and a filter closes them. filtered.py does the
+same trials with the filter, where what is left can fail.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from nbdserve.powercut.writelog import Kind
 from qcow2_model import MemoryFile
 
 if TYPE_CHECKING:
+    from nbdserve.block.node import Node
     from qcow2_model import Buffer
 
 __all__ = ["FAULTS", "FULL", "Fault", "Faults", "FaultyFile", "Plan", "Until"]
@@ -79,6 +84,15 @@ class Faults:
         self.failed_sync = False
         self.paused = False
         self._plan = plan
+
+    @property
+    def of_files(self) -> Faults:
+        """What the files themselves do."""
+        return self
+
+    def over(self, file: FaultyFile) -> Node:
+        """What the format uses as its file."""
+        return file
 
     def lift(self) -> None:
         """Nothing fails any more, if that may happen."""

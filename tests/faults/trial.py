@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from faults.filtered import FilterFaults
     from qcow2_model import Buffer
 
 __all__ = ["WAYS", "BackendDrive", "Drive", "Failed", "Files", "Outcome", "by_backend", "run_trial"]
@@ -204,21 +205,25 @@ class Disk:
 class Files(NamedTuple):
     """All files of an image, and what their faults are."""
 
-    faults: Faults
+    faults: Faults | FilterFaults
     image: FaultyFile
     backing: FaultyFile | None
     data_file: FaultyFile | None
 
     @classmethod
-    def of(cls, program: Program, start: Start, plan: Plan | None = None) -> Files:
+    def of(
+        cls, program: Program, start: Start, faults: Faults | FilterFaults | None = None
+    ) -> Files:
         """Files as they are before the program."""
-        faults = Faults(plan)
-        image = FaultyFile(start.image, faults)
+        faults = faults or Faults()
+        image = FaultyFile(start.image, faults.of_files)
         return cls(
             faults,
             image,
-            FaultyFile(program.old, faults) if program.backing else None,
-            FaultyFile(start.data_file, faults, beside=image) if program.has_data_file else None,
+            FaultyFile(program.old, faults.of_files) if program.backing else None,
+            FaultyFile(start.data_file, faults.of_files, beside=image)
+            if program.has_data_file
+            else None,
         )
 
     def again(self, program: Program) -> Files:
@@ -275,17 +280,18 @@ def read_image(program: Program, image: Buffer, data_file: Buffer) -> bytes:
 @asynccontextmanager
 async def opened(program: Program, files: Files) -> AsyncIterator[BlockBackend]:
     """The drive of a program's files, for the body; then closed."""
-    backing = None if files.backing is None else RawNode(files.backing)
+    over = files.faults.over
+    backing = None if files.backing is None else RawNode(over(files.backing))
     if not program.raw:
         async with open_memory(
-            files.image,
+            over(files.image),
             backing=backing,
-            data_file=files.data_file,
+            data_file=None if files.data_file is None else over(files.data_file),
             cache_sizes=program.caches,
         ) as (backend, _node):
             yield backend
         return
-    root = RawNode(files.image)
+    root = RawNode(over(files.image))
     async with trio.open_nursery() as nursery:
         yield BlockBackend(root, Epochs(), nursery, write_cache=True)
         nursery.cancel_scope.cancel()
@@ -307,10 +313,11 @@ async def run_trial(
     program: Program,
     plan: Plan | None,
     drive_of: Callable[[BlockBackend], AbstractAsyncContextManager[Drive]],
+    faults_of: Callable[[Plan | None], Faults | FilterFaults] = Faults,
 ) -> Outcome:
     """Run a program with a fault. Raises AssertionError."""
     start = await start_of(program)
-    trial = _Trial(program, start, plan)
+    trial = _Trial(program, start, plan, faults_of(plan))
     with trio.fail_after(PATIENCE):
         await trial.run(drive_of)
         trial.check_files()
@@ -320,11 +327,17 @@ async def run_trial(
 
 
 class _Trial:
-    def __init__(self, program: Program, start: Start, plan: Plan | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        start: Start,
+        plan: Plan | None,
+        faults: Faults | FilterFaults,
+    ) -> None:
         self.errors: list[int] = []
         self._program = program
-        self._files = Files.of(program, start, plan)
-        self.faults = self._files.faults
+        self._files = Files.of(program, start, faults)
+        self.faults = faults
         self._plan = plan
         self._ends = plan is None or plan.until is not Until.NEVER
         self._disk = Disk(start.disk, discards=program.version == 3 or not program.backing)

@@ -48,16 +48,26 @@ def test_triggers(trigger, met):
 
 def test_a_file_switches_a_fault_on_and_off_and_others_are_not_counted():
     there = set()
-    injector = injector_of(Fault(error="EIO", if_file="f", after=1), exists=there.__contains__)
+    injector = injector_of(Fault(error="EIO", if_file="/f", after=1), exists=there.__contains__)
     seen = []
     for number, request in enumerate(READS):
         if number in (3, 8):
-            there.add("f")
+            there.add("/f")
         if number == 6:
             there.clear()
         seen.append(bool(injector.decide(*request)))
     assert [n for n, met in enumerate(seen) if met] == [4, 5, 8, 9, 10, 11]
     assert injector.rules[0].matched == 7
+
+
+def test_the_file_is_the_one_that_was_meant_wherever_the_process_goes(tmp_path, monkeypatch):
+    """A daemon leaves the directory that it was started in."""
+    monkeypatch.chdir(tmp_path)
+    injector = Injector(0)
+    injector.add(Fault(error="EIO", if_file="broken"))
+    (tmp_path / "broken").touch()
+    monkeypatch.chdir("/")
+    assert injector.decide("read", 0, 512)
 
 
 def test_effects_add_up_until_one_decides_what_becomes_of_the_request():

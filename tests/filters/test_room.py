@@ -122,10 +122,11 @@ async def test_two_writes_at_once_do_not_share_the_last_room():
 
 
 async def test_two_writes_to_the_same_space_pay_once():
-    node, leaf = full(BLOCK)
+    node, leaf = full(3 * BLOCK)
     leaf.hold()
     async with trio.open_nursery() as nursery:
-        for number in range(4):
+        for number in range(2):
+            nursery.start_soon(node.write, number * BLOCK, b"a" * 2 * BLOCK)
             nursery.start_soon(node.write, number * 100, b"a" * 200)
         await trio.testing.wait_all_tasks_blocked()
         leaf.release()

@@ -66,6 +66,7 @@ TARGETS: dict[str, Target] = {
             2048,
             (
                 "nbdserve.nbd.connection",
+                "nbdserve.nbd.batch",
                 "nbdserve.nbd.late",
                 "nbdserve.nbd.commands",
                 "nbdserve.nbd.replies",

@@ -26,7 +26,7 @@ from nbdserve.formats.qcow2.refcount import Refcounts
 from nbdserve.formats.qcow2.resolve import Mapping
 from nbdserve.imageopts import _collect, _value
 from nbdserve.nbd import options
-from nbdserve.nbd.connection import Connection
+from nbdserve.nbd.batch import Executor
 from nbdserve.nbd.handshake import Handshake
 from nbdserve.nbd.late import LateRequests
 from nbdserve.nbd.requests import RequestBuffer
@@ -61,11 +61,11 @@ BUGS = [
         300,
         Bug(RequestBuffer.parse, "end - start < needed:", "end - start < needed - 1:"),
     ),
-    ("transmission", 300, Bug(LateRequests._run, "self._count(-1, -nb_bytes)", "pass")),
+    ("transmission", 300, Bug(LateRequests._run_next, "self._count(-1, -nb_bytes)", "pass")),
     (
         "transmission",
         300,
-        Bug(Connection._execute, "except OSError as error:", "except ValueError as error:"),
+        Bug(Executor.execute, "except OSError as error:", "except ValueError as error:"),
     ),
     # Off by one in the check of an option's length.
     (

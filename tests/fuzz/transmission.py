@@ -34,7 +34,7 @@ from fuzz.requests import (
 from fuzz.scale import scaled
 from memory_leaf import MemoryLeaf
 from nbdserve.block.run import Miss
-from nbdserve.nbd import connection, poller
+from nbdserve.nbd import batch, poller
 from transmission import DISC, TRIM, WRITE, WRITE_ZEROES, Client, World, serving
 
 __all__ = ["DICTIONARY", "MESSAGE_MAGIC", "fix_length", "seeds", "split", "transmission"]
@@ -50,8 +50,8 @@ for _start in range(0, SIZE, 64 << 10):
 
 SMALL_CONNECTION = [
     *SMALL_PAYLOADS,
-    (connection, "SEND_AT", SEND_AT),
-    (connection, "MAX_INLINE", INLINE),
+    (batch, "SEND_AT", SEND_AT),
+    (batch, "MAX_INLINE", INLINE),
     (poller, "SPIN", 0),
     (poller, "PATIENCE", 0),
     (poller, "SLICE", 0),

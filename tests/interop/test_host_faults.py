@@ -7,7 +7,6 @@ stops in order, and the image leaks at most.
 import contextlib
 import os
 import signal
-import struct
 import subprocess
 
 import pytest
@@ -15,27 +14,10 @@ import pytest
 import peers
 from facilities import small_file_system
 from interop.images import KIB, MIB, Recipe, make
-from interop.tools import BareClient, wait_until
+from interop.tools import Client, wait_until
 
 EIO, ENOSPC = 5, 28
 PIECE = 256 * KIB
-_REPLY = struct.Struct(">IIQ")
-
-
-class Client(BareClient):
-    """Asks for one thing at a time."""
-
-    def perform(self, command, offset, data):
-        """(error, what was read)."""
-        self.sock.sendall(self.request(command, 7, offset, data))
-        _, error, _ = _REPLY.unpack(self._receive(_REPLY.size))
-        return error, self._receive(data) if command == self.READ and not error else b""
-
-    def write(self, offset, data):
-        return self.perform(self.WRITE, offset, data)[0]
-
-    def flush(self):
-        return self.perform(self.FLUSH, 0, 0)[0]
 
 
 @pytest.fixture

@@ -149,3 +149,22 @@ class BareClient:
             data += more
         assert len(data) == length or (or_end and not data)
         return data
+
+
+class Client(BareClient):
+    """Asks for one thing at a time."""
+
+    def perform(self, command: int, offset: int, data: bytes | int) -> tuple[int, bytes]:
+        """(error, what was read)."""
+        self.sock.sendall(self.request(command, 7, offset, data))
+        _, error, _ = self._REPLY.unpack(self._receive(self._REPLY.size))
+        length = data if isinstance(data, int) and command == self.READ and not error else 0
+        return error, self._receive(length)
+
+    def write(self, offset: int, data: bytes) -> int:
+        """The error."""
+        return self.perform(self.WRITE, offset, data)[0]
+
+    def flush(self) -> int:
+        """The error."""
+        return self.perform(self.FLUSH, 0, 0)[0]

@@ -10,7 +10,7 @@ import pytest
 
 from memory_leaf import BLOCK, MemoryLeaf
 from nbdserve.block.run import Miss
-from nbdserve.nbd import connection
+from nbdserve.nbd import batch
 from transmission import (
     BLOCK_STATUS,
     CACHE,
@@ -91,7 +91,7 @@ async def test_a_mixture_is_counted_to_the_byte(world, structured):
 async def test_replies_that_fill_more_than_one_send(world):
     client = await world.connect()
     length = 30_000
-    number = 3 * connection.SEND_AT // length
+    number = 3 * batch.SEND_AT // length
     await client.send(b"".join(client.read(n * 100, length) for n in range(number)))
     await client.answers(number)
     assert counted(client.connection) == {
@@ -219,7 +219,7 @@ async def test_before_transmission_there_is_nothing_to_tell(world):
 async def test_latency_is_the_time_to_the_answer(monkeypatch):
     """By a clock that stands still but while the leaf works: 3 ms for each write."""
     now = [0]
-    monkeypatch.setattr(connection, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(batch, "perf_counter_ns", lambda: now[0])
     leaf = filled()
     store = leaf._store
 

@@ -102,6 +102,21 @@ async def test_what_is_stuck_keeps_no_other_request_waiting_and_the_poller_aslee
     assert world.poller.busy == 0
 
 
+async def test_requests_reach_the_nodes_in_the_order_in_which_they_were_sent(faulty):
+    """Else no fault could be told by its number. Trio begins tasks in any order."""
+    world, node = faulty
+    client = await world.connect()
+    for _ in range(8):
+        node.faults.clear()
+        node.faults.add(Fault(error="EIO", after=5, count=1))
+        node.faults.add(Fault(error="ENOSPC", after=12))
+        messages = [MESSAGES[kind](client) for kind in ("read", "write", "trim", "flush") * 4]
+        cookies = [int.from_bytes(message[8:16], "big") for message in messages]
+        await client.send(b"".join(messages))
+        errors = {answer.cookie: answer.error for answer in await client.answers(16)}
+        assert [errors[cookie] for cookie in cookies] == [0] * 5 + [5] + [0] * 6 + [28] * 4
+
+
 async def test_errors_go_to_the_client_with_their_reason(faulty):
     world, node = faulty
     client = await world.connect()

@@ -6,6 +6,7 @@ import anyio
 import pytest
 import trio
 from ledger import Device, Ledger
+
 from nbdserve.testing import Fault, serving
 
 GREETING = b"NBDMAGIC"
@@ -24,11 +25,11 @@ async def test_trio(nbd_server):
     stream = await trio.open_unix_socket(server.socket)
     async with stream:
         assert await stream.receive_some(8) == GREETING
-    async with serving(size="1M", faults=[Fault(ops="write", stuck=True)]) as other:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, keep, other.socket, "one")
-            await other.faults.until_stuck()
-            other.faults.clear()
+    stuck = [Fault(ops="write", stuck=True)]
+    async with serving(size="1M", faults=stuck) as other, trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, keep, other.socket, "one")
+        await other.faults.until_stuck()
+        other.faults.clear()
     assert server.statistics()["accepted"] == 1
 
 

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 from ledger import Device, DeviceError, Ledger
+
 from nbdserve.testing import Fault, offsets, read_image
 
 
@@ -34,9 +35,10 @@ def test_a_full_disk(nbd_server):
     server = nbd_server(size="1M", room="64k")
     with Device(server.socket) as device:
         ledger = Ledger(device)
+        for number in range(16):
+            ledger.append(f"entry {number}")
         with pytest.raises(DeviceError) as caught:
-            for number in range(100):
-                ledger.append(f"entry {number}")
+            ledger.append("one too many")
         assert caught.value.errno == errno.ENOSPC
         server.faults.room = None
         ledger.append("there is room again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -43,10 +44,8 @@ class Device:
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
-            try:
+            with contextlib.suppress(OSError):  # the server is gone
                 self._send(DISCONNECT, 0, 0)
-            except OSError:
-                pass  # the server is gone
             self._socket.close()
 
     def read(self, offset: int, length: int) -> bytes:
