@@ -12,6 +12,7 @@ import signal
 import sys
 
 import trio
+
 from nbdserve.config import ImageConfig, ListenConfig, ServeConfig
 from nbdserve.errors import NbdserveError
 from nbdserve.server import Server, open_server
@@ -20,9 +21,9 @@ from nbdserve.server import Server, open_server
 async def main(image: str, socket: str, clients: int) -> None:
     config = ServeConfig(ImageConfig(image), listen=ListenConfig(unix_path=socket))
     async with open_server(config) as server, trio.open_nursery() as nursery:
+        await nursery.start(stop_by_signal, nursery.cancel_scope)
         print(server.ready.uri, flush=True)
         nursery.start_soon(report, server)
-        nursery.start_soon(stop_by_signal, nursery.cancel_scope)
         await all_gone(server, clients)
         nursery.cancel_scope.cancel()
     # Here the image is closed, and whoever waits for the socket to go may open it.
@@ -32,8 +33,7 @@ async def report(server: Server) -> None:
     while True:
         await trio.sleep(1)
         requests = server.statistics()["exports"][""]["requests"]
-        print(*(f"{name}: {kind['operations']}" for name, kind in requests.items()
-                if isinstance(kind, dict) and kind.get("operations")), flush=True)
+        print(f"{requests['rd_operations']} reads, {requests['wr_operations']} writes", flush=True)
 
 
 async def all_gone(server: Server, clients: int) -> None:
@@ -44,8 +44,11 @@ async def all_gone(server: Server, clients: int) -> None:
         await trio.sleep(0.05)
 
 
-async def stop_by_signal(scope: trio.CancelScope) -> None:
+async def stop_by_signal(
+    scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()  # from here on nobody is killed by one
         async for _ in signals:
             scope.cancel()
 

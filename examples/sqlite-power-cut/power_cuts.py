@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from subprocess import DEVNULL, PIPE
 
 import orders
+
 from nbdserve.testing import Outcome, serving
 
 SIZE = 8 << 20

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
 import peers
 from installed import REPOSITORY, clean_environment, environment
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Callable
 
 EXAMPLES = REPOSITORY / "examples"
 

@@ -1,5 +1,7 @@
 """examples/embedding: it ends when it says, by signals too, and tells errors in a line."""
 
+import subprocess
+
 import pytest
 
 import peers
@@ -44,10 +46,10 @@ def test_it_reports_while_a_client_is_there(serve_some):
         "import nbd, sys; handle = nbd.NBD(); handle.connect_uri(sys.argv[1]);"
         " handle.pread(512, 0); sys.stdin.readline()"
     )
-    with peers.subprocess.Popen(
-        [peers.SYSTEM_PYTHON, "-I", "-c", client, uri], stdin=peers.subprocess.PIPE
+    with subprocess.Popen(
+        [peers.SYSTEM_PYTHON, "-I", "-c", client, uri], stdin=subprocess.PIPE
     ):
-        while "read: 1" not in (line := process.stdout.readline()):
+        while "1 reads, 0 writes" not in (line := process.stdout.readline()):
             assert line  # until it has ended
     assert finish(process)[0] == 0
 

@@ -5,6 +5,7 @@
 
 import pytest
 from imgbackup import BackupFailed, backup
+
 from nbdserve.testing import Fault, random, read_image
 
 CONTENT = {0: random("1M"), "30M": random("1M", seed=1)}
@@ -17,7 +18,7 @@ def target(tmp_path):
     return folder / "disk.qcow2"
 
 
-def test_the_backup_is_the_disk(nbd_server, qcow2_image, target):
+def test_the_backup_is_the_disk(nbd_server, qcow2_image, target) -> None:
     base = qcow2_image("64M", content=CONTENT)
     overlay = qcow2_image(backing=base, content={"10M": b"changed since"})
     server = nbd_server(overlay)
@@ -32,7 +33,7 @@ def test_the_backup_is_the_disk(nbd_server, qcow2_image, target):
     Fault(ops="read", flip_bits=1, count=1),
     Fault(ops="read", disconnect=True, after=3),
 ], ids=["bad sector", "a bit flips", "connection lost"])
-def test_a_bad_disk_leaves_no_backup(nbd_server, target, fault):
+def test_a_bad_disk_leaves_no_backup(nbd_server, target, fault) -> None:
     target.write_bytes(b"yesterday's")
     server = nbd_server(size="64M", content=CONTENT, faults=[fault])
     with pytest.raises(BackupFailed):
@@ -41,7 +42,7 @@ def test_a_bad_disk_leaves_no_backup(nbd_server, target, fault):
     assert target.read_bytes() == b"yesterday's"
 
 
-def test_a_disk_that_hangs_is_given_up(nbd_server, target):
+def test_a_disk_that_hangs_is_given_up(nbd_server, target) -> None:
     server = nbd_server(size="64M", content=CONTENT, faults=[Fault(ops="read", stuck=True)])
     with pytest.raises(BackupFailed, match="not done after"):
         backup(server.uri, target, timeout=1)

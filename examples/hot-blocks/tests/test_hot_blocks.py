@@ -4,6 +4,7 @@ import os
 
 import pytest
 from hot_blocks import HotBlocks
+
 from nbdserve.block.filter import register_filter
 
 MIB = 1 << 20
@@ -24,7 +25,7 @@ def hot(disk):
     return next(node for node in nodes if node["driver"] == "hot-blocks")
 
 
-def test_the_hottest_come_first(disk):
+def test_the_hottest_come_first(disk) -> None:
     for requests, block in enumerate([40, 5, 7], start=1):
         for _ in range(requests):
             disk.write(block * MIB, b"x" * 4096)
@@ -32,7 +33,7 @@ def test_the_hottest_come_first(disk):
     assert hot(disk)["read"] == {}
 
 
-def test_a_request_may_touch_two_blocks(disk):
+def test_a_request_may_touch_two_blocks(disk) -> None:
     disk.write(3 * MIB - 1, b"xx")
     assert disk.read(3 * MIB - 1, 2) == b"xx"
     assert hot(disk)["read"] == hot(disk)["written"] == {str(2 * MIB): 1, str(3 * MIB): 1}
