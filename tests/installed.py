@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-__all__ = ["environment", "run_there"]
+__all__ = ["clean_environment", "environment", "run_there"]
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 SOURCES = ("nbdserve", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
@@ -39,15 +39,20 @@ def run_there(
     folder: pathlib.Path, *command: str | os.PathLike[str], cwd: pathlib.Path
 ) -> subprocess.CompletedProcess[str]:
     """A program of that environment, with nothing of ours in its own."""
-    clean = {
+    return subprocess.run(
+        [folder / "bin" / command[0], *command[1:]],
+        cwd=cwd, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+def clean_environment() -> dict[str, str]:
+    """Ours, without what has to do with how these tests are run."""
+    return {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("PYTHON", "PYTEST", "COVERAGE", "VIRTUAL_ENV"))
     }
-    return subprocess.run(
-        [folder / "bin" / command[0], *command[1:]],
-        cwd=cwd, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
 
 
 def _make(folder: pathlib.Path, sources: pathlib.Path) -> None:
@@ -64,7 +69,7 @@ def _make(folder: pathlib.Path, sources: pathlib.Path) -> None:
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     pip = [sys.executable, "-m", "pip", f"--python={folder}", "install", "--quiet",
            "--disable-pip-version-check", "--no-input"]
-    wheels = sources / "wheels"
+    wheels = folder / "wheels"
     _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
          f"--wheel-dir={wheels}", sources, sources / "project")
     _run(*pip, *wheels.glob("*.whl"), *OTHERS)

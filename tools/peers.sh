@@ -33,6 +33,8 @@ busybox         busybox-static
 mkfs.xfs        xfsprogs
 mke2fs          e2fsprogs
 debugfs         e2fsprogs
+fuse2fs         fuse2fs
+systemd-analyze systemd
 guest-kernel    -
 "
 
