@@ -7,6 +7,7 @@ its trio, and by `nbdserve nbdkit` with ours; with the page cache and without it
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
 import pytest
@@ -56,6 +57,8 @@ def served(request: pytest.FixtureRequest) -> BehindNbdkit:
     return request.param
 
 
+MATRIX = pathlib.Path(__file__).with_name("test_matrix.py")
+
 FEW = 2
 """Cases of a test, of each variant, that are run without --matrix."""
 
@@ -65,10 +68,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     counts: dict[tuple[object, object], int] = {}
     dropped = []
     for item in items:
-        if item.path.name != "test_matrix.py" or not isinstance(item, pytest.Function):
+        if item.path != MATRIX or not isinstance(item, pytest.Function):
             continue
         item.add_marker(pytest.mark.peer("nbdkit", peers.NBDKIT_PYTHON))
-        variant = item.function, item.callspec.indices.get("served")
+        callspec = getattr(item, "callspec", None)
+        variant = item.function, callspec and callspec.indices.get("served")
         counts[variant] = number = counts.get(variant, -1) + 1
         if number >= FEW and not config.getoption("--matrix"):
             dropped.append(item)
