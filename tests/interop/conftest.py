@@ -69,6 +69,9 @@ def served(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Engine:
     return Engine(*request.param, tmp_path)
 
 
+HERE = pathlib.Path(__file__).parent
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--matrix"):
         return
@@ -88,7 +91,7 @@ def by_function_and_engine(items: list[pytest.Item]) -> list[list[list[pytest.It
     """For each test function that takes `served`, for each engine, its cases."""
     functions: dict[object, dict[int, list[pytest.Item]]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and "served" in item.fixturenames:
+        if item.path.parent == HERE and "served" in getattr(item, "fixturenames", ()):
             variants = functions.setdefault(item.function, {})
             variants.setdefault(item.callspec.indices["served"], []).append(item)
     return [list(variants.values()) for variants in functions.values()]
