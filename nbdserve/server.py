@@ -163,12 +163,15 @@ async def open_server(
             server = Server(listeners, exports, config)
             for export, uri in zip(exports, server.uris, strict=True):
                 log.info("serving %s at %s", export.backend.filename, uri)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(server.run)
-                try:
-                    yield server
-                finally:
-                    server.stop()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(server.run)
+                    try:
+                        yield server
+                    finally:
+                        server.stop()
+            finally:
+                server.close()
 
 
 class Server:
@@ -222,6 +225,9 @@ class Server:
             nursery.start_soon(self._watch_memory)
             await self._accept_and_serve()
             nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """It runs no longer, though it may have been cancelled before it began to."""
         self._poller.close()
 
     async def _accept_and_serve(self) -> None:

@@ -116,4 +116,5 @@ def no_descriptor_left() -> Iterator[None]:
     """Fail unless the body closes every file that it opens."""
     before = open_files()
     yield
-    assert open_files() == before
+    after = open_files()
+    assert after == before, sorted(after ^ before)
