@@ -46,9 +46,11 @@ class Example:
 
     def argv(self, *command: str | os.PathLike[str]) -> list[str]:
         name, *words = map(os.fspath, command)
+        if "/" in name:
+            return [name, *words]
         found = shutil.which(name, path=self.environment["PATH"])
         assert found is not None, name
-        return [found if "/" not in name else name, *words]
+        return [found, *words]
 
     @property
     def environment(self) -> dict[str, str]:
