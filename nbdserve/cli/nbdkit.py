@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getopt
 import os
+import shlex
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -66,7 +67,7 @@ def command(arguments: tuple[str, ...]) -> None:
     docs/nbdkit.md) or of filters.
     """
     nbdkit = find_nbdkit()
-    environment = {**os.environ, "PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
+    environment = {**os.environ, **settings(nbdkit)}
     words = nbdkit_arguments(arguments)
     check_python(nbdkit, environment)
     os.execve(nbdkit, [nbdkit, *words], environment)
@@ -88,7 +89,8 @@ def nbdkit_arguments(arguments: Sequence[str]) -> list[str]:
     )
     if not has_image and not names & NO_IMAGE:
         raise ConfigError("nbdkit: IMAGE must be given")
-    words = [f"{name}={value}" if name.startswith("--") and value else name + value
+    words = [f"{name}={restored(value) if name == '--run' else value}"
+             if name.startswith("--") and value else name + value
              for name, value in options]  # fmt: skip
     if not names & THREADS:
         waits = WAITING_MODES & set(parameters)
@@ -129,6 +131,28 @@ def check_python(nbdkit: str, environment: dict[str, str]) -> None:
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(f"nbdkit's Python is {version}, and {oldest} is needed")
+
+
+def settings(nbdkit: str) -> dict[str, str]:
+    """The environment variables that are nbdkit's. An interpreter within another program looks for
+    its library beside the first python3 of PATH: that shall be the one it was built with, and not
+    that of a virtual environment, whose library may be another version's."""
+    own = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nbdkit))), "bin")
+    path = os.environ.get("PATH", os.defpath)
+    return {
+        "PATH": os.pathsep.join([own, path]),
+        "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
+    }
+
+
+def restored(run: str) -> str:
+    """The command of --run, with the environment that we were given."""
+    before = "".join(
+        f"export {name}={shlex.quote(os.environ[name])}; " if name in os.environ
+        else f"unset {name}; "
+        for name in ("PATH", "PYTHONPATH")
+    )
+    return before + run
 
 
 def script() -> str:

@@ -28,13 +28,29 @@ def after_script(*arguments):
     (["--threads", "2", "d"], ["--threads=2"], ["file=d"]),
     (["-r", "d"], ["-r", "--threads=4"], ["read-only=on", "file=d"]),
     (["-r", "d", "read-only=off"], ["-r", "--threads=4"], ["file=d", "read-only=off"]),
-    (["d", "--run", "nbdinfo $uri"], ["--run=nbdinfo $uri", "--threads=4"], ["file=d"]),
     (["file=d"], ["--threads=4"], ["file=d"]),
     (["./a=b"], ["--threads=4"], ["file=./a=b"]),
     (["--dump-plugin"], ["--dump-plugin", "--threads=4"], []),
 ])
 def test_what_nbdkit_is_given(given, options, parameters):
     assert after_script(*given) == (options, parameters)
+
+
+def test_the_command_to_run_has_the_environment_that_was_given(monkeypatch):
+    monkeypatch.setenv("PATH", "/my own/bin:/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (run, _), _ = after_script("d", "--run", "nbdinfo $uri")
+    assert run == "--run=export PATH='/my own/bin:/bin'; unset PYTHONPATH; nbdinfo $uri"
+
+
+def test_nbdkit_finds_its_own_python_before_that_of_an_environment(monkeypatch, tmp_path):
+    """An interpreter within a program takes its library from beside the first python3 of PATH."""
+    (tmp_path / "usr" / "sbin").mkdir(parents=True)
+    (tmp_path / "usr" / "sbin" / "nbdkit").touch()
+    (tmp_path / "sbin").symlink_to(tmp_path / "usr" / "sbin")
+    monkeypatch.setenv("PATH", "/venv/bin:/usr/bin")
+    found = nbdkit.settings(str(tmp_path / "sbin" / "nbdkit"))
+    assert found["PATH"] == f"{tmp_path}/usr/bin:/venv/bin:/usr/bin"
 
 
 @pytest.mark.parametrize(("given", "said"), [
