@@ -1,5 +1,6 @@
 """How nbdkit with our plugin starts, refuses to, ends, and is killed."""
 
+import os
 import pathlib
 import random
 import subprocess
@@ -191,6 +192,15 @@ def test_installed_from_a_wheel(installed, image, tmp_path):
         'qemu-io -f raw -c "write -P 4 0 1M" "$uri"', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     peers.qemu_io(image, "read -P 4 0 1M")
+
+
+def test_in_an_activated_environment(installed, image, tmp_path, monkeypatch):
+    """Its python3 is the first of PATH, and may be another build than nbdkit's."""
+    monkeypatch.setenv("PATH", f"{installed / 'bin'}:{os.environ['PATH']}")
+    done = run_there(
+        installed, "nbdserve", "nbdkit", "-U", "-", image, "--run", "command -v python", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{installed / 'bin' / 'python'}\n"
 
 
 def test_dump_plugin_says_what_there_is():
