@@ -198,7 +198,8 @@ def test_in_an_activated_environment(installed, image, tmp_path, monkeypatch):
     """Its python3 is the first of PATH, and may be another build than nbdkit's."""
     monkeypatch.setenv("PATH", f"{installed / 'bin'}:{os.environ['PATH']}")
     done = run_there(
-        installed, "nbdserve", "nbdkit", "-U", "-", image, "--run", "command -v python", cwd=tmp_path)
+        installed, "nbdserve", "nbdkit", "-U", "-", image, "--run", "command -v python",
+        cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{installed / 'bin' / 'python'}\n"
 
