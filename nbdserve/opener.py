@@ -275,7 +275,7 @@ class Opener:
         try:
             if given is None:
                 assert named is not None
-                self._references.check({"filename": named})
+                self._references.check(named, {"filename": named})
                 given = FileOptions(filename=named)
             below = child_settings(given, settings, ChildRole.FILE, place.path)
             node = await self._open(given, below, place)
@@ -309,7 +309,7 @@ class Opener:
             else:
                 directory = os.path.dirname(file.filename)
                 found = options_of_name(name, directory)
-                self._references.check(found)
+                self._references.check(name, found)
                 tree = named_tree(name, found, image_format, given=given, path=place.path)
             below = child_settings(tree, settings, ChildRole.BACKING, place.path)
             return await self._open(tree, below, place)

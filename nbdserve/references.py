@@ -46,20 +46,21 @@ class References:
     allowed: bool
     folder: str | None = None
 
-    def check(self, options: Options) -> None:
+    def check(self, name: str, options: Options) -> None:
         """Whether options that a name from within an image stands for may be used.
 
-        :raises ImageError: they name a file that they may not.
+        :raises ImageError: they name a file, or a driver, that they may not.
         """
         for key, value in options.items():
             # The one option of drivers that names a file (blockdev.py, where other types than
             # strings are refused).
-            name = key.rpartition(".")[2]
-            if name == "filename" and isinstance(value, str):
+            option = key.rpartition(".")[2]
+            if option == "filename" and isinstance(value, str):
                 self._check_file(value)
-            elif name == "driver" and isinstance(value, str) and value not in DRIVERS:
+            elif option == "driver" and isinstance(value, str) and value not in DRIVERS:
                 raise ImageError(
-                    f"{key}: no image may ask for the driver {shown(value)!r}", errno.EPERM
+                    f"{shown(name)}: {key}: no image may ask for the driver {shown(value)!r}",
+                    errno.EPERM,
                 )
 
     def _check_file(self, filename: str) -> None:

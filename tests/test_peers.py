@@ -78,7 +78,7 @@ def test_a_server_is_stopped_when_the_body_fails() -> None:
     [("", "1 passed, 2 skipped"), ("true", "1 failed, 1 passed, 1 error")],
 )
 def test_a_missing_peer_is_skipped_aloud_but_fails_in_ci(tmp_path, monkeypatch, ci, summary):
-    for name in ("conftest.py", "facilities.py", "peers.py"):
+    for name in ("conftest.py", "facilities.py", "installed.py", "peers.py"):
         (tmp_path / name).write_text((TESTS / name).read_text())
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"

@@ -34,9 +34,9 @@ INSIDE = References(allowed=True, folder="in")
 
 @pytest.mark.parametrize("name", ["in/base", "in/deep/base", "in/deep/../base", "in/gone", "in"])
 def test_what_is_in_the_folder(here, name):
-    INSIDE.check({"file.filename": name})
-    References(allowed=True, folder=str(here / "in")).check({"file.filename": name})
-    References(allowed=True, folder="in/deep/..").check({"file.filename": str(here / name)})
+    INSIDE.check("name", {"file.filename": name})
+    References(allowed=True, folder=str(here / "in")).check("name", {"file.filename": name})
+    References(allowed=True, folder="in/deep/..").check("name", {"file.filename": str(here / name)})
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_is_in_the_folder(here, name):
 )
 def test_what_is_not(here, name):
     with pytest.raises(ImageError, match=f"^{name}: is not in in, where --image-refs") as caught:
-        INSIDE.check({"file.filename": name})
+        INSIDE.check("name", {"file.filename": name})
     assert caught.value.errno == errno.EPERM
 
 
@@ -55,9 +55,9 @@ def test_links_count_by_where_they_lead(here):
     os.symlink("in", "folder")
     for name in ("in/out", "in/up/secret"):
         with pytest.raises(ImageError, match="is not in"):
-            INSIDE.check({"file.filename": name})
-    INSIDE.check({"file.filename": "into"})
-    References(allowed=True, folder="folder").check({"file.filename": "in/base"})
+            INSIDE.check("name", {"file.filename": name})
+    INSIDE.check("name", {"file.filename": "into"})
+    References(allowed=True, folder="folder").check("name", {"file.filename": "in/base"})
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_every_file_of_a_tree_counts(key):
     options = {"driver": "raw", "file.filename": "in/base"} | {key: "secret"}
     for references in (INSIDE, NO_FILE):
         with pytest.raises(ImageError, match=r"^secret: "):
-            references.check({key: "secret"})
+            references.check("name", {key: "secret"})
         with pytest.raises(ImageError):
-            references.check(options)
-    ANY_FILE.check(options)
+            references.check("name", options)
+    ANY_FILE.check("name", options)
 
 
 # --- the names that images give ------------------------------------------------------------------
