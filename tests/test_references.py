@@ -191,3 +191,22 @@ async def test_what_the_user_names_is_his_to_name(references):
     os.rename("elsewhere", "outside")
     split = "driver=qcow2,file.filename=split.qcow2,data-file.filename=outside"
     assert await opened(split, references) == bytes(16)
+
+
+@pytest.mark.parametrize("driver", ["fault", "power-cut", "memory", "hot-blocks", "nbd"])
+@pytest.mark.parametrize("key", ["driver", "file.driver", "backing.file.driver"])
+def test_no_image_asks_for_more_than_what_qemu_puts_into_a_tree(driver, key):
+    """A power-cut node writes to a file of any name, a fault holds up who reads."""
+    with pytest.raises(ImageError, match=f"^the name: {key}: no image may ask .* '{driver}'$"):
+        ANY_FILE.check("the name", {key: driver, "file.filename": "a"})
+
+
+async def test_an_overlay_with_a_filter_in_its_backing_files_name(tmp_path):
+    base, log = tmp_path / "base", tmp_path / "log"
+    base.write_bytes(bytes(65536))
+    name = f'json:{{"driver":"power-cut","log":"{log}","file":{{"driver":"raw","file":"{base}"}}}}'
+    create_image(str(tmp_path / "top"), 65536, backing_file=name, backing_format="raw")
+    with pytest.raises(ImageError, match="no image may ask for the driver 'power-cut'"):
+        async with open_backend(ImageConfig(str(tmp_path / "top"), "qcow2")):
+            pass
+    assert not log.exists()
