@@ -13,7 +13,7 @@ NO_ZEROES = 3  # and the fixed newstyle handshake
 
 
 class Disk:
-    """`size` in bytes. Whatever goes wrong is an OSError; one that takes too long, a TimeoutError."""
+    """`size` in bytes. What goes wrong is an OSError; what takes too long, a TimeoutError."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 30) -> None:
         self.socket = socket.socket(socket.AF_UNIX)

@@ -1,7 +1,7 @@
 """Updates that survive: two slots on a disk, and the firmware is in the one that is newer.
 
-An update goes into the other slot. Its header, a sector, makes it the newer one, and is written when
-all else is on the disk for good. Whatever happens meanwhile, one slot is whole.
+An update goes into the other slot. Its header, a sector, makes it the newer one, and is written
+when all else is on the disk for good. Whatever happens meanwhile, one slot is whole.
 """
 
 import struct
