@@ -16,22 +16,21 @@ class HotBlocks(FilterNode):
         super().__init__(file)
         self.block_size = max(1, parse_size(str(block_size), "block-size"))
         self.top = int(top)
-        self.counts = {"read": Counter(), "written": Counter()}
-
-    def count(self, what, offset, length) -> None:
-        first, last = offset // self.block_size, (offset + length - 1) // self.block_size
-        self.counts[what].update(range(first, last + 1))
+        self.reads, self.writes = Counter(), Counter()
 
     async def read(self, offset, buffer) -> None:
         await super().read(offset, buffer)
-        self.count("read", offset, len(buffer))  # if it succeeded
+        self.reads.update(self.blocks(offset, len(buffer)))  # if it succeeded
 
     async def write(self, offset, data) -> None:
         await super().write(offset, data)
-        self.count("written", offset, len(data))
+        self.writes.update(self.blocks(offset, len(data)))
+
+    def blocks(self, offset, length):
+        return range(offset // self.block_size, (offset + length - 1) // self.block_size + 1)
+
+    def hottest(self, requests):
+        return {str(block * self.block_size): n for block, n in requests.most_common(self.top)}
 
     def statistics(self):
-        """{"read": {offset: requests, ...}, "written": ...}, the hottest blocks first."""
-        return {what: {str(block * self.block_size): requests
-                       for block, requests in counts.most_common(self.top)}
-                for what, counts in self.counts.items()}
+        return {"read": self.hottest(self.reads), "written": self.hottest(self.writes)}

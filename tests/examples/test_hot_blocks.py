@@ -1,11 +1,20 @@
 """examples/hot-blocks: its own tests, and the driver where its package is installed."""
 
+import ast
 import sys
 
 import pytest
 
 import peers
 from nbdserve.testing import make_image
+
+
+def test_it_is_thirty_lines(example):
+    """With the empty ones, without the docstring."""
+    text = (example("hot-blocks").folder / "hot_blocks.py").read_text()
+    docstring = ast.parse(text).body[0]
+    assert ast.get_docstring(ast.parse(text))
+    assert len("\n".join(text.splitlines()[docstring.end_lineno:]).strip().splitlines()) <= 30
 
 
 def test_its_own_tests(example):
