@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import nbdkit
 
 from nbdserve import __version__
-from nbdserve.errors import NbdserveError
+from nbdserve.errors import DisconnectError, NbdserveError
 from nbdserve.guardian import guardian
 from nbdserve.nbdkit.disk import Disk
 from nbdserve.nbdkit.loop import Loop
@@ -102,7 +102,11 @@ def _told(what: str = "") -> Generator[None]:
 
 
 def _failed(what: str, error: OSError) -> Told:
-    nbdkit.set_error(error.errno or errno.EIO)
+    number = error.errno or errno.EIO
+    if isinstance(error, DisconnectError):
+        number = errno.ESHUTDOWN  # what nbdkit says if it is older than its disconnect()
+        getattr(nbdkit, "disconnect", bool)(True)
+    nbdkit.set_error(number)
     names = [str(name) for name in (error.filename,) if name is not None]
     return Told(what + ": ".join([*names, error.strerror or str(error)]))
 
