@@ -13,9 +13,8 @@ def connect(
     path: str, synchronous: str = "FULL", journal_mode: str = "PERSIST"
 ) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None)  # transactions are begun and ended here
-    # A journal that stays is made invalid by a write and a sync of it. To delete it, as SQLite does
-    # by default, changes its folder, which is not synced: a power cut brings the journal back, and
-    # that undoes what was committed.
+    # A journal that stays is made invalid by a write and a sync of it. With one that is deleted, as
+    # SQLite does by default, or truncated, power cuts on ext2 were seen to undo what was committed.
     database.execute(f"PRAGMA journal_mode = {journal_mode}")
     database.execute(f"PRAGMA synchronous = {synchronous}")
     return database

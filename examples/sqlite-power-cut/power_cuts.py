@@ -56,7 +56,7 @@ def work_once(folder: pathlib.Path, arguments: argparse.Namespace) -> Iterator[O
     blank = folder / "blank.img"
     with blank.open("wb") as file:
         file.truncate(SIZE)
-    # Without a journal and checksums: fuse2fs writes neither.
+    # Without a journal: fuse2fs says that it does not write to one.
     run("mke2fs", "-q", "-t", "ext2", "-b", "1024", blank)
     # The program is a process of its own, not only because real ones are: the disk is served by a
     # thread of this one, which must not wait for the disk while it holds Python's lock.
