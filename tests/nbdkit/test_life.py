@@ -126,7 +126,7 @@ def test_errors_reach_the_client_by_their_number_and_the_log_in_one_line(image):
 
 @pytest.mark.peer("python3-libnbd")
 def test_a_client_that_shall_be_dropped_is_told_to_go_where_nbdkit_cannot_drop_it(image):
-    """1.32 has no nbdkit.disconnect; with it the connection ends instead, and libnbd has no errno."""
+    """1.32 has no nbdkit.disconnect. With it the connection ends, which has no errno in libnbd."""
     with peers.nbdkit(image, "fault=ops=read,disconnect=on",
                       program=peers.NBDSERVE_NBDKIT) as server:
         said = peers.libnbd(ERRORS, server.uri).split()
