@@ -80,7 +80,10 @@ class Served(ABC):
     def _stop(self) -> None: ...
 
     def start(self) -> Self:
-        """Returns when clients are accepted. Raises NbdserveError, OSError."""
+        """Returns when clients are accepted. Raises NbdserveError, OSError. Does nothing the second
+        time, so that one of a fixture, which is started, can be used by ``with``."""
+        if self in running:
+            return self
         try:
             folder = self._folder or self._make_folder()
             self.socket = self._socket or self._free_socket(folder)

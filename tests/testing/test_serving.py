@@ -476,3 +476,14 @@ def test_each_has_its_log():
     assert str(one.image) not in other.log
     assert f"serving {other.image} at" in other.log
     assert str(other.image) not in one.log
+
+
+@BOTH
+def test_one_that_is_started_is_not_started_again(process, tmp_path):
+    server = serving(size="1M", folder=tmp_path, process=process).start()
+    socket, before = server.socket, threading.active_count()
+    with server as same:
+        assert same is server
+        assert running == [server]
+        assert (server.socket, threading.active_count()) == (socket, before)
+    assert running == []
