@@ -57,6 +57,8 @@ def pytest_runtest_makereport(
     report: pytest.TestReport = outcome.get_result()
     if report.failed:
         report.sections += _sections(item)
+    if call.when == "teardown" and SERVERS in item.stash:
+        del item.stash[SERVERS]  # pytest keeps items to its end; a server has disks and logs
 
 
 def _sections(item: pytest.Item) -> list[tuple[str, str]]:

@@ -125,3 +125,22 @@ def test_the_fixtures_say_what_they_are(run):
     said = run("", "--fixtures")
     assert 'Makes servers: ``nbd_server(size="1G")``' in said
     assert "Makes qcow2 images in tmp_path" in said
+
+
+MANY = """
+import gc, weakref, pytest
+
+seen = weakref.WeakSet()
+
+@pytest.mark.parametrize("process", [False, False, True])
+def test_one(nbd_server, process):
+    seen.add(nbd_server(size="1M", power_cut="disk", process=process))
+
+def test_last():
+    gc.collect()
+    assert len(seen) == 0
+"""
+
+
+def test_servers_of_earlier_tests_are_not_kept(run):
+    assert "4 passed" in run(MANY)
