@@ -34,7 +34,8 @@ BOTH = pytest.mark.parametrize("process", [False, True], ids=["thread", "process
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(monkeypatch):
+def nothing_is_left(monkeypatch, tmp_path_factory):
+    tmp_path_factory.getbasetemp()  # pytest's own folder is where it always is
     made = tempfile.TemporaryDirectory()  # a short path, for sockets
     temporary = pathlib.Path(made.name)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
