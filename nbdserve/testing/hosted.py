@@ -46,7 +46,8 @@ class Hosted(Generic[T]):
 
     def call(self, function: Callable[..., R], *args: object) -> R:
         """A synchronous function's result, between two steps of the tasks there. Raises what it
-        raises; or, if the manager has ended by itself, what that raised, else RuntimeError."""
+        raises; or, if the manager has ended by itself, what that raised, else RuntimeError; that,
+        too, in a process that was forked from the thread's."""
         if threading.current_thread() is self._thread:
             return function(*args)
         done: Future[R] = Future()
@@ -57,18 +58,26 @@ class Hosted(Generic[T]):
             except BaseException as error:
                 done.set_exception(error)
 
+        if not self._thread.is_alive():
+            raise self._why_not()
         try:
             self._token.run_sync_soon(call)
         except trio.RunFinishedError:
-            self._ended.result()
-            raise RuntimeError(f"{self._thread.name} has ended") from None
+            raise self._why_not() from None
         while True:
             try:
                 return done.result(timeout=0.1)
             except TimeoutError:  # once in the queue it is called, unless the loop was at its end
                 if self._ended.done() and not done.done():
-                    self._ended.result()
-                    raise RuntimeError(f"{self._thread.name} has ended") from None
+                    raise self._why_not() from None
+
+    def _why_not(self) -> RuntimeError:
+        """Why there is nobody to call. Raises what the manager raised at its end."""
+        self._thread.join()
+        if not self._ended.done():  # it would be, had the thread ended here
+            return RuntimeError(f"{self._thread.name} is of the process this was forked from")
+        self._ended.result()
+        return RuntimeError(f"{self._thread.name} has ended")
 
     def run(self, function: Callable[..., Awaitable[R]], *args: object) -> R:
         """An asynchronous function's result; as `call`, but not from the thread itself."""

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["Served", "running"]
 
 running: list[Served] = []
-"""All that are started and not stopped, of this process."""
+"""All that are started and not stopped, of this process. A process that is forked from it has none:
+it would remove its parent's folders, and wait for threads that it has not."""
+
+os.register_at_fork(after_in_child=running.clear)
 
 
 class Served(ABC):

@@ -5,6 +5,8 @@ import contextlib
 import errno
 import pathlib
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 
@@ -488,3 +490,32 @@ def test_one_that_is_started_is_not_started_again(process, tmp_path):
         assert running == [server]
         assert (server.socket, threading.active_count()) == (socket, before)
     assert running == []
+
+
+FORKS = """
+import os, sys
+from nbdserve.testing import serving
+
+with serving(size="1M", process=PROCESS) as server:
+    child = os.fork()
+    if not child:
+        try:
+            server.read(0, 1)
+        except (RuntimeError, AttributeError) as error:  # one in another process cannot be read
+            print(error, flush=True)
+        server.stop()
+        sys.exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(server.image.exists(), server.socket.exists())
+"""
+
+
+@BOTH
+def test_a_process_that_is_forked_leaves_the_servers_of_its_parent_alone(process):
+    source = FORKS.replace("PROCESS", str(process))
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=True
+    )
+    why, *lines = done.stdout.splitlines()
+    assert lines == ["7", "True True"]
+    assert process or why.endswith("is of the process this was forked from")
