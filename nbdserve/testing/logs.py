@@ -76,8 +76,11 @@ class _Tap(logging.Handler):
 class _Gate(logging.Handler):
     """A logger's parent is a chain of handlers to it; this one's only link."""
 
+    _level = logging.NOTSET
+
     def install(self) -> None:
-        self._level = _above.level
+        if _above.level != EVERYTHING:  # put back by a caplog that outlived the last server
+            self._level = _above.level
         self._parent = _above.parent
         _above.parent = self._logger = logging.Logger("nbdserve's gate")
         self._logger.addHandler(self)

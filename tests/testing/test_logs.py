@@ -112,6 +112,19 @@ def test_caplog_sees_what_it_asks_for_meanwhile(log, caplog):
     assert len(str(log).splitlines()) == 9
 
 
+def test_a_caplog_that_outlives_the_server_spoils_nothing(caplog, at_root):
+    before = ABOVE.level
+    log = Log()
+    log.open(threading.get_ident())
+    with caplog.at_level(logging.DEBUG, logger="nbdserve"):
+        log.close()
+    log.open(threading.get_ident())
+    say_all()
+    log.close()
+    assert at_root == ["a line at 30"]
+    assert ABOVE.level == before
+
+
 def test_threads_are_kept_apart(log):
     def other():
         mine.open(threading.get_ident())
