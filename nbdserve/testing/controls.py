@@ -8,6 +8,7 @@ import trio
 
 from nbdserve.filters.fault import FaultNode
 from nbdserve.testing.aside import aside
+from nbdserve.testing.patterns import size_of
 
 if TYPE_CHECKING:
     from nbdserve.block.node import Node
@@ -77,12 +78,14 @@ class FaultControl:
 
     @property
     def room(self) -> int | None:
-        """Bytes of new space that are left; None: no end of it. May be set."""
+        """Bytes of new space that are left; None: no end of it. May be set, as the argument of that
+        name may, "64k" for example. Raises ConfigError."""
         return self._thread.call(lambda: self._faults.room)
 
     @room.setter
-    def room(self, left: int | None) -> None:
-        self._thread.call(setattr, self._faults, "room", left)
+    def room(self, left: int | str | None) -> None:
+        room = None if left is None else size_of(left)
+        self._thread.call(setattr, self._faults, "room", room)
 
     def statistics(self) -> dict[str, object]:
         """How often each fault was matched and injected."""

@@ -360,6 +360,11 @@ def test_a_full_disk():
         with Device(server.socket) as device, pytest.raises(DeviceError) as caught:
             device.write(0, b"x" * 4096)
         assert caught.value.errno == errno.ENOSPC
+        server.faults.room = "64k"  # a cluster
+        server.write(0, b"x" * 4096)
+        assert server.faults.room == 0
+        with pytest.raises(ConfigError, match="'some' is not a size"):
+            server.faults.room = "some"
 
 
 def test_chance_is_the_same_for_the_same_seed():
@@ -493,12 +498,13 @@ def test_one_that_is_started_is_not_started_again(process, tmp_path):
 
 
 FORKS = """
-import os, sys
+import os, signal, sys
 from nbdserve.testing import serving
 
 with serving(size="1M", process=PROCESS) as server:
     child = os.fork()
     if not child:
+        signal.alarm(20)  # if it hangs
         try:
             server.read(0, 1)
         except (RuntimeError, AttributeError) as error:  # one in another process cannot be read
