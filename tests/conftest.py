@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -109,6 +110,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The folder of an environment that has nbdserve from a wheel (installed.py)."""
     mine = tmp_path_factory.getbasetemp()
     return environment(mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nested_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A pytest that a test runs has its temporary folders elsewhere. At its end it would remove
+    what earlier runs of ours left, gigabytes, which took longer than the test may."""
+    tmp_path_factory.getbasetemp()  # ours stay where they are
+    with (
+        tempfile.TemporaryDirectory(prefix="nested-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PYTEST_DEBUG_TEMPROOT", folder)
+        yield
 
 
 @contextlib.contextmanager

@@ -47,11 +47,13 @@ def run_there(
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, without what has to do with how these tests are run."""
+    """Ours, without what has to do with how these tests are run, but for where temporary folders
+    are (conftest.py)."""
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("PYTHON", "PYTEST", "COVERAGE", "VIRTUAL_ENV"))
+        if name == "PYTEST_DEBUG_TEMPROOT"
+        or not name.startswith(("PYTHON", "PYTEST", "COVERAGE", "VIRTUAL_ENV"))
     }
 
 

@@ -270,4 +270,4 @@ def test_no_image_may_ask_for_faults():
     for name in ("{'driver':'fault','file.filename':'a'}",
                  "{'driver':'raw','file':{'driver':'fault','file':{'filename':'a'}}}"):
         with pytest.raises(ImageError, match="no image may ask for the driver 'fault'"):
-            ANY_FILE.check(parse_json_name(f"json:{name}"))
+            ANY_FILE.check(name, parse_json_name(f"json:{name}"))
