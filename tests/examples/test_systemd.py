@@ -103,7 +103,8 @@ def test_it_is_allowed_what_it_does(units, unit, tmp_path, engine, end):
         os.kill(server, end)
         strace.wait(timeout=30)
     text = log.read_text()
-    assert "+++ exited with 0 +++" in text.split("+++ killed by SIGKILL +++")[-1]
+    (guardian,) = re.findall(r'^(\d+) .*"/proc/self/comm"', text, re.MULTILINE)
+    assert re.search(rf"^{guardian} \+\+\+ exited with 0 \+\+\+", text, re.MULTILINE)
     called = set(re.findall(r"^\d+ +(\w+)\(", text, re.MULTILINE))
     assert {"io_uring": "io_uring_enter", "native": "io_submit", "threads": "fdatasync"}[
         engine] in called

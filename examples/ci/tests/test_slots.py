@@ -13,6 +13,8 @@ from slots import Damaged, Slots
 from nbdserve.testing import Fault, random
 
 OLD, NEW = (random("200k", seed=seed).at(0, 200_000) for seed in (1, 2))
+# What tests compare: in CI pytest shows all of a difference, and takes minutes for so many bytes.
+NAMES = {OLD: "old", NEW: "new", None: "none"}
 # What CI keeps of a run that failed.
 REPORTS = pathlib.Path(__file__).parents[1] / "reports"
 
@@ -28,13 +30,13 @@ def server(nbd_server):
 
 def installed(server):
     with Disk(server.socket) as disk:
-        return Slots(disk).firmware()
+        return NAMES[Slots(disk).firmware()]
 
 
 def test_an_update_is_installed(server) -> None:
     with Disk(server.socket) as disk:
         Slots(disk).update(NEW)
-    assert installed(server) == NEW
+    assert installed(server) == "new"
 
 
 @pytest.mark.parametrize(("fault", "error"), [
@@ -51,7 +53,7 @@ def test_an_update_that_fails_leaves_the_old_one(server, fault, error) -> None:
     if error:
         assert caught.value.errno == error
     server.faults.clear()
-    assert installed(server) == OLD
+    assert installed(server) == "old"
 
 
 def test_a_bit_that_flips_is_noticed(server) -> None:
@@ -74,7 +76,7 @@ def test_power_cuts(nbd_server) -> None:
             Slots(disk).update(firmware)
             server.mark("installed")
     for outcome in server.all_cuts(60):
-        allowed = (None, OLD, NEW)[len(outcome.marks):][:2]
+        allowed = ("none", "old", "new")[len(outcome.marks):][:2]
         after = nbd_server(outcome)
         try:
             assert installed(after) in allowed
